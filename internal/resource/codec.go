@@ -1,0 +1,474 @@
+package resource
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"reflect"
+	"slices"
+	"strings"
+	"time"
+
+	"kuma/internal/errs"
+	"kuma/internal/names"
+)
+
+// MaxSize is the largest JSON document that Decode reads, in bytes.
+const MaxSize = 4 << 20
+
+// Header is what a document says of itself before its kind is known.
+type Header struct {
+	Type   string            `json:"type"`
+	Mesh   string            `json:"mesh"`
+	Name   string            `json:"name"`
+	Labels map[string]string `json:"labels"`
+}
+
+// Peek reads a document's header.
+func Peek(doc []byte) (Header, error) {
+	var h Header
+	if err := json.Unmarshal(doc, &h); err != nil {
+		return h, errs.New(errs.Invalid, "invalid resource: %q", err.Error())
+	}
+	return h, nil
+}
+
+// serverFields are those which the server puts into its answers. They may come
+// back with an edited document and are then ignored.
+var serverFields = []string{"creationTime", "modificationTime", "kri", "snis", "status"}
+
+// Decode reads one resource of the kind from JSON. A field that does not exist
+// is an error that names the nearest one that does; lenient drops it instead,
+// as the original does. Specifications are given their defaults but not
+// checked. Failures are errs.Invalid: with fields where a place can be named,
+// without where the document can't be read at all.
+func Decode(k *Kind, doc []byte, lenient bool) (*Resource, error) {
+	top, err := object(k, doc)
+	if err != nil {
+		return nil, err
+	}
+	r := &Resource{Kind: k, Spec: k.New()}
+	var bad []errs.Field
+	var kindName string
+	for _, f := range []struct {
+		name string
+		into any
+	}{{"type", &kindName}, {"mesh", &r.Mesh}, {"name", &r.Name}, {"labels", &r.Labels}} {
+		raw, ok := top[f.name]
+		if !ok {
+			continue
+		}
+		delete(top, f.name)
+		if err := json.Unmarshal(raw, f.into); err != nil {
+			bad = append(bad, errs.Field{Path: f.name, Message: wanted(reflect.TypeOf(f.into).Elem()) + ", not " + got(raw)})
+		}
+	}
+	if kindName != "" && kindName != k.Name {
+		bad = append(bad, errs.Field{Path: "type", Message: fmt.Sprintf("is %q, but a %s is expected here", kindName, k.Name)})
+	}
+	for _, f := range serverFields {
+		delete(top, f)
+	}
+	spec, path := []byte(top["spec"]), "spec"
+	if k.Shape == Spec {
+		delete(top, "spec")
+		if !lenient {
+			for _, f := range slices.Sorted(maps.Keys(top)) {
+				bad = append(bad, unknown(f, f, []string{"type", "mesh", "name", "labels", "spec"}))
+			}
+		}
+	} else {
+		if spec, err = json.Marshal(top); err != nil {
+			return nil, errs.New(errs.Internal, "split %s: %w", k.Name, err)
+		}
+		path = ""
+	}
+	if len(spec) > 0 && !bytes.Equal(spec, []byte("null")) {
+		more, err := decodeInto(r.Spec, spec, path, lenient)
+		if err != nil {
+			return nil, errs.New(errs.Invalid, "invalid %s object: %q", k.Name, err.Error())
+		}
+		bad = append(bad, more...)
+	}
+	if len(bad) > 0 {
+		return nil, errs.Fields(bad...)
+	}
+	if d, ok := r.Spec.(Defaulter); ok {
+		d.Default()
+	}
+	return r, nil
+}
+
+// object splits a document into its top-level fields.
+func object(k *Kind, doc []byte) (map[string]json.RawMessage, error) {
+	if len(doc) > MaxSize {
+		return nil, errs.New(errs.Invalid, "invalid %s object: it has %d bytes, the limit is %d", k.Name, len(doc), MaxSize)
+	}
+	var top map[string]json.RawMessage
+	d := json.NewDecoder(bytes.NewReader(doc))
+	err := d.Decode(&top)
+	if err == nil {
+		if _, more := d.Token(); !errors.Is(more, io.EOF) {
+			err = errors.New("there is something after the object's end")
+		}
+	}
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		err = errors.New("unexpected end of JSON input")
+	}
+	if err != nil {
+		return nil, errs.New(errs.Invalid, "invalid %s object: %q", k.Name, err.Error())
+	}
+	return top, nil
+}
+
+// decodeInto reads JSON into a struct and returns the fields at fault.
+func decodeInto(into any, doc []byte, path string, lenient bool) ([]errs.Field, error) {
+	var tree any
+	d := json.NewDecoder(bytes.NewReader(doc))
+	d.UseNumber()
+	if err := d.Decode(&tree); err != nil {
+		return nil, err
+	}
+	w := walker{lenient: lenient}
+	w.walk(path, tree, reflect.TypeOf(into).Elem(), 0)
+	if len(w.bad) > 0 {
+		return w.bad, nil
+	}
+	if err := json.Unmarshal(doc, into); err != nil {
+		return nil, err
+	}
+	return nil, nil
+}
+
+// maxDepth bounds how deep a document may nest.
+const maxDepth = 100
+
+// walker compares a JSON tree with a Go type. encoding/json would stop at the
+// first mistake, could not name a place in a list, and would take a field
+// written in the wrong case.
+type walker struct {
+	lenient bool
+	bad     []errs.Field
+}
+
+func (w *walker) add(path, message string) {
+	if len(w.bad) < 50 {
+		w.bad = append(w.bad, errs.Field{Path: path, Message: message})
+	}
+}
+
+var (
+	unmarshalerType = reflect.TypeFor[json.Unmarshaler]()
+	enumType        = reflect.TypeFor[Enum]()
+	timeType        = reflect.TypeFor[time.Time]()
+)
+
+func (w *walker) walk(path string, v any, t reflect.Type, depth int) {
+	if v == nil {
+		return
+	}
+	if depth > maxDepth {
+		w.add(path, "is nested too deeply")
+		return
+	}
+	if t.Kind() == reflect.Pointer {
+		w.walk(path, v, t.Elem(), depth)
+		return
+	}
+	if t == timeType || reflect.PointerTo(t).Implements(unmarshalerType) {
+		raw, err := json.Marshal(v)
+		if err == nil {
+			err = json.Unmarshal(raw, reflect.New(t).Interface())
+		}
+		if err != nil {
+			w.add(path, err.Error())
+		}
+		return
+	}
+	mismatch := func() { w.add(path, wanted(t)+", not "+gotValue(v)) }
+	switch t.Kind() {
+	case reflect.Struct:
+		m, ok := v.(map[string]any)
+		if !ok {
+			mismatch()
+			return
+		}
+		fields := fieldsOf(t)
+		for _, name := range slices.Sorted(maps.Keys(m)) {
+			f, ok := fields[name]
+			switch {
+			case ok:
+				w.walk(join(path, name), m[name], f, depth+1)
+			case !w.lenient:
+				u := unknown(join(path, name), name, slices.Sorted(maps.Keys(fields)))
+				w.add(u.Path, u.Message)
+			}
+		}
+	case reflect.Map:
+		m, ok := v.(map[string]any)
+		if !ok {
+			mismatch()
+			return
+		}
+		for _, name := range slices.Sorted(maps.Keys(m)) {
+			w.walk(fmt.Sprintf("%s[%q]", path, name), m[name], t.Elem(), depth+1)
+		}
+	case reflect.Slice:
+		if t.Elem().Kind() == reflect.Uint8 {
+			s, ok := v.(string)
+			if !ok {
+				w.add(path, "must be a base64 string, not "+gotValue(v))
+				return
+			}
+			raw, _ := json.Marshal(s)
+			var b []byte
+			if err := json.Unmarshal(raw, &b); err != nil {
+				w.add(path, err.Error())
+			}
+			return
+		}
+		list, ok := v.([]any)
+		if !ok {
+			mismatch()
+			return
+		}
+		for i, item := range list {
+			if item == nil {
+				w.add(fmt.Sprintf("%s[%d]", path, i), "must not be null")
+				continue
+			}
+			w.walk(fmt.Sprintf("%s[%d]", path, i), item, t.Elem(), depth+1)
+		}
+	case reflect.String:
+		s, ok := v.(string)
+		if !ok {
+			mismatch()
+			return
+		}
+		if t.Implements(enumType) {
+			values := reflect.Zero(t).Interface().(Enum).Values()
+			if !slices.Contains(values, s) {
+				w.add(path, fmt.Sprintf("value '%s' is not supported, it must be one of: %s", s, strings.Join(values, ", ")))
+			}
+		}
+	case reflect.Interface:
+	default:
+		raw, err := json.Marshal(v)
+		if err == nil {
+			err = json.Unmarshal(raw, reflect.New(t).Interface())
+		}
+		if err != nil {
+			mismatch()
+		}
+	}
+}
+
+// fieldsOf maps the JSON names of a struct's fields, embedded ones included,
+// to their types.
+func fieldsOf(t reflect.Type) map[string]reflect.Type {
+	out := map[string]reflect.Type{}
+	for _, f := range reflect.VisibleFields(t) {
+		name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
+		if !f.IsExported() || name == "-" || f.Anonymous && name == "" {
+			continue
+		}
+		if name == "" {
+			name = f.Name
+		}
+		out[name] = f.Type
+	}
+	return out
+}
+
+func unknown(path, name string, known []string) errs.Field {
+	m := "unknown field"
+	if n := names.Nearest(name, known); n != "" {
+		m += fmt.Sprintf("; did you mean %q?", n)
+	} else if len(known) > 0 && len(known) <= 12 {
+		m += "; known here: " + strings.Join(known, ", ")
+	}
+	return errs.Field{Path: path, Message: m}
+}
+
+func join(path, name string) string {
+	if path == "" {
+		return name
+	}
+	return path + "." + name
+}
+
+func wanted(t reflect.Type) string {
+	switch t.Kind() {
+	case reflect.Struct, reflect.Map:
+		return "must be an object"
+	case reflect.Slice:
+		return "must be a list"
+	case reflect.String:
+		return "must be a string"
+	case reflect.Bool:
+		return "must be true or false"
+	case reflect.Uint, reflect.Uint8, reflect.Uint16, reflect.Uint32, reflect.Uint64:
+		return "must be a whole number of 0 or more"
+	case reflect.Int, reflect.Int32, reflect.Int64:
+		return "must be a whole number"
+	default:
+		return "must be a number"
+	}
+}
+
+func got(raw []byte) string {
+	var v any
+	if json.Unmarshal(raw, &v) != nil {
+		return "this"
+	}
+	return gotValue(v)
+}
+
+func gotValue(v any) string {
+	switch v := v.(type) {
+	case map[string]any:
+		return "an object"
+	case []any:
+		return "a list"
+	case string:
+		if len(v) > 60 {
+			v = v[:60] + "…"
+		}
+		return fmt.Sprintf("%q", v)
+	default:
+		return fmt.Sprint(v)
+	}
+}
+
+// Encode writes a resource as the API shows it: type, mesh, name, times,
+// labels, kri, then the specification and the status in the kind's shape.
+func Encode(r *Resource) ([]byte, error) {
+	var b bytes.Buffer
+	w := writer{b: &b}
+	w.field("type", r.Kind.Name)
+	if r.Kind.Scope == Mesh {
+		w.field("mesh", r.Mesh)
+	}
+	w.field("name", r.Name)
+	w.field("creationTime", r.Created.UTC())
+	w.field("modificationTime", r.Modified.UTC())
+	if len(r.Labels) > 0 {
+		w.field("labels", r.Labels)
+	}
+	if r.Kind.Short != "" {
+		w.field("kri", r.KRI().String())
+	}
+	if r.Kind.Shape == Spec {
+		w.field("spec", r.Spec)
+		if r.Status != nil {
+			w.field("status", r.Status)
+		}
+	} else {
+		w.inline(r.Spec)
+	}
+	b.WriteByte('}')
+	if w.err != nil {
+		return nil, fmt.Errorf("encode %s: %w", r.Key(), w.err)
+	}
+	return b.Bytes(), nil
+}
+
+// Marshal is json.Marshal without the escaping of HTML, which the contract
+// does not have.
+func Marshal(v any) ([]byte, error) {
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	if err := e.Encode(v); err != nil {
+		return nil, err
+	}
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), nil
+}
+
+type writer struct {
+	b   *bytes.Buffer
+	err error
+}
+
+func (w *writer) sep() {
+	if w.b.Len() == 0 {
+		w.b.WriteByte('{')
+		return
+	}
+	w.b.WriteByte(',')
+}
+
+func (w *writer) field(name string, v any) {
+	raw, err := Marshal(v)
+	if err != nil {
+		w.err = err
+		return
+	}
+	w.sep()
+	fmt.Fprintf(w.b, "%q:", name)
+	w.b.Write(raw)
+}
+
+// inline writes an object's fields beside those that are there already.
+func (w *writer) inline(v any) {
+	raw, err := Marshal(v)
+	if err != nil {
+		w.err = err
+		return
+	}
+	if inner := bytes.TrimSuffix(bytes.TrimPrefix(raw, []byte("{")), []byte("}")); len(inner) > 0 {
+		w.sep()
+		w.b.Write(inner)
+	}
+}
+
+// stored is a resource as stores keep it.
+type stored struct {
+	Mesh     string            `json:"mesh,omitempty"`
+	Name     string            `json:"name"`
+	Labels   map[string]string `json:"labels,omitempty"`
+	Created  time.Time         `json:"created"`
+	Modified time.Time         `json:"modified"`
+	Version  uint64            `json:"version"`
+	Spec     json.RawMessage   `json:"spec"`
+	Status   json.RawMessage   `json:"status,omitempty"`
+}
+
+// Freeze returns the bytes that a store keeps for a resource.
+func Freeze(r *Resource) ([]byte, error) {
+	s := stored{r.Mesh, r.Name, r.Labels, r.Created, r.Modified, r.Version, nil, nil}
+	var err error
+	if s.Spec, err = Marshal(r.Spec); err != nil {
+		return nil, fmt.Errorf("encode %s: %w", r.Key(), err)
+	}
+	if r.Status != nil {
+		if s.Status, err = Marshal(r.Status); err != nil {
+			return nil, fmt.Errorf("encode status of %s: %w", r.Key(), err)
+		}
+	}
+	return Marshal(s)
+}
+
+// Thaw reads what Freeze wrote. Fields that this version does not know are
+// dropped: a newer version may have written them, and one that goes back must
+// still start.
+func Thaw(k *Kind, b []byte) (*Resource, error) {
+	var s stored
+	if err := json.Unmarshal(b, &s); err != nil {
+		return nil, fmt.Errorf("decode stored %s: %w", k.Name, err)
+	}
+	r := &Resource{Meta: Meta{s.Mesh, s.Name, s.Labels, s.Version, s.Created, s.Modified}, Kind: k, Spec: k.New()}
+	if err := json.Unmarshal(s.Spec, r.Spec); err != nil {
+		return nil, fmt.Errorf("decode stored %s: %w", r.Key(), err)
+	}
+	if len(s.Status) > 0 && k.NewStatus != nil {
+		r.Status = k.NewStatus()
+		if err := json.Unmarshal(s.Status, r.Status); err != nil {
+			return nil, fmt.Errorf("decode stored status of %s: %w", r.Key(), err)
+		}
+	}
+	return r, nil
+}
