@@ -1,0 +1,54 @@
+package mesh
+
+import (
+	"kuma/internal/resource"
+)
+
+// SecretSpec is bytes that only administrators may read: keys, certificates,
+// tokens.
+type SecretSpec struct {
+	// Data is base64 in JSON.
+	Data []byte `json:"data,omitempty"`
+}
+
+// LogValue keeps the bytes out of logs.
+func (SecretSpec) String() string { return "*****" }
+
+// GoString keeps the bytes out of %#v.
+func (SecretSpec) GoString() string { return "*****" }
+
+// Secrets is the kind Secret: secrets of one mesh.
+var Secrets = resource.Define[SecretSpec](resource.Kind{
+	Name: "Secret", Plural: "secrets", Scope: resource.Mesh, Shape: resource.Flat,
+	Sync: resource.GlobalToZone, Admin: true, Federated: true,
+}, nil)
+
+// GlobalSecrets is the kind GlobalSecret: secrets of the control plane.
+var GlobalSecrets = resource.Define[SecretSpec](resource.Kind{
+	Name: "GlobalSecret", Plural: "globalsecrets", AltPlurals: []string{"global-secrets"}, Singular: "globalsecret",
+	Scope: resource.Global, Shape: resource.Flat, Sync: resource.GlobalToZone, Admin: true, Federated: true,
+}, nil)
+
+// BuiltinCertSecret is the name of the Secret with the certificate of a builtin
+// authority, and BuiltinKeySecret of that with its key.
+func BuiltinCertSecret(mesh, backend string) string { return mesh + ".ca-builtin-cert-" + backend }
+
+// BuiltinKeySecret is the name of the Secret with a builtin authority's key.
+func BuiltinKeySecret(mesh, backend string) string { return mesh + ".ca-builtin-key-" + backend }
+
+// Names of the secrets with signing keys; a serial number follows.
+const (
+	UserSigningKeyPrefix = "user-token-signing-key-"
+	ZoneSigningKeyPrefix = "zone-token-signing-key-"
+	UserRevocations      = "user-token-revocations"
+	AdminUserToken       = "admin-user-token"
+)
+
+// DataplaneSigningKeyPrefix starts the names of a mesh's signing keys.
+func DataplaneSigningKeyPrefix(mesh string) string {
+	return "dataplane-token-signing-key-" + mesh + "-"
+}
+
+// DataplaneRevocations is the name of the (Global)Secret with the ids of a
+// mesh's revoked dataplane tokens.
+func DataplaneRevocations(mesh string) string { return "dataplane-token-revocations-" + mesh }
