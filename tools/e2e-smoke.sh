@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Usage: BIN=DIR tools/e2e-smoke.sh [ENVOY-VERSION]
+#
+# Runs the end-to-end smoke tests (TestSmoke…) with that version of Envoy, or
+# with the Envoy at $ENVOY. Fails where no such test exists: silence is no pass.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ -n "${1:-}" ]; then
+	ENVOY=$(tools/get-envoy.sh "$1")
+fi
+export ENVOY BIN=${BIN:-$PWD/bin}
+echo "smoke test with $("$ENVOY" --version | tr -d '\n')"
+go test -tags e2e -list '^TestSmoke' ./test/e2e/... | grep -q '^TestSmoke' || {
+	echo "e2e-smoke: no test in test/e2e is named TestSmoke…" >&2
+	exit 1
+}
+go test -tags e2e -count=1 -timeout 10m -run '^TestSmoke' ./test/e2e/...
