@@ -14,8 +14,8 @@ import (
 
 // Store keeps resources.
 //
-// Every write takes the next revision; revision order is commit order, for
-// all readers. What a read returns is shared and never changed. Errors are of
+// Every Put takes the next revision, which all its writes share; revision order
+// is commit order, for all readers. What a read returns is shared and never changed. Errors are of
 // package errs: NotFound, Conflict, Unavailable (can't write or read now), and
 // Internal.
 type Store interface {
@@ -28,11 +28,13 @@ type Store interface {
 	// Put commits all writes in one transaction, or none, and returns the
 	// revision. When it returns nil the writes survive a crash, where the
 	// store survives one at all. The resources' times and versions are set by
-	// the store in copies; what was passed in stays as it is.
+	// the store in copies; what was passed in stays as it is. A key may be there
+	// once. Without writes nothing is done.
 	Put(ctx context.Context, writes ...Write) (uint64, error)
 	// Watch yields batches of changes after revision since, in order, none
 	// twice and none left out: first what has happened already, then what
-	// happens, until ctx ends or the loop is left. It yields ErrTooOld once and
+	// happens, until ctx ends or the loop is left. A batch holds whole
+	// transactions. It yields ErrTooOld once and
 	// ends if the store no longer knows all changes after since, or the reader
 	// has fallen too far behind: List then, and watch from its revision.
 	Watch(ctx context.Context, since uint64) iter.Seq2[[]Event, error]
