@@ -30,6 +30,7 @@ type step struct {
 func steps() []step {
 	return []step{
 		{"proto", "the Go code of proto/**/*.proto", generateProto},
+		{"kinds", "internal/ctl/kinds.json, kumactl's index of kinds", generateKinds},
 	}
 }
 
