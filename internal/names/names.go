@@ -145,3 +145,31 @@ func distance(a, b string) int {
 	}
 	return prev[len(b)]
 }
+
+// Sockets names the files in kuma-dp's working directory by which it and its
+// Envoy meet. Unix sockets must have short paths: a path is cut to 98
+// characters before its ending (core.md 6.3).
+type Sockets struct {
+	// Dir is the working directory, Proxy and Mesh are the Dataplane's.
+	Dir, Proxy, Mesh string
+}
+
+// AccessLog is the named pipe into which Envoy writes log lines for kuma-dp.
+func (s Sockets) AccessLog() string { return s.join("kuma-al-" + s.Proxy + "-" + s.Mesh) }
+
+// Metrics is kuma-dp's own socket for merged metrics.
+func (s Sockets) Metrics() string { return s.join("kuma-mh-" + s.Proxy + "-" + s.Mesh) }
+
+// Admin is the socket of Envoy's admin interface.
+func (s Sockets) Admin() string { return s.join("kuma-envoy-admin") }
+
+// SDS is the socket on which kuma-dp serves its own certificates and keys.
+func (s Sockets) SDS() string { return s.join("kuma-sds") }
+
+func (s Sockets) join(name string) string {
+	p := strings.TrimSuffix(s.Dir, "/") + "/" + name
+	if len(p) > 98 {
+		p = p[:98]
+	}
+	return p + ".sock"
+}
