@@ -31,6 +31,8 @@ func steps() []step {
 	return []step{
 		{"proto", "the Go code of proto/**/*.proto", generateProto},
 		{"kinds", "internal/ctl/kinds.json, kumactl's index of kinds", generateKinds},
+		{"reference", "docs/reference/*.md, a page for each kind", generateReference},
+		{"openapi", "docs/reference/openapi.yaml, the HTTP interface", generateOpenAPI},
 	}
 }
 

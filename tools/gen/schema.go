@@ -220,7 +220,7 @@ func (s *source) object(t reflect.Type, outer []reflect.Type) (*schema, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%s.%s: %w", t, field.Name, err)
 		}
-		if derived.Description, err = s.describeField(t, field); err != nil {
+		if derived.Description, err = s.describeField(t, field, name); err != nil {
 			return nil, err
 		}
 		out.Properties = append(out.Properties, property{name, derived})
@@ -235,8 +235,9 @@ func (s *source) object(t reflect.Type, outer []reflect.Type) (*schema, error) {
 	return out, nil
 }
 
-// describeField returns a field's comment, or its type's where it has none.
-func (s *source) describeField(t reflect.Type, field reflect.StructField) (string, error) {
+// describeField returns a field's comment, or its type's where it has none. A
+// comment of Go begins with the Go name; here it begins with the JSON name.
+func (s *source) describeField(t reflect.Type, field reflect.StructField, jsonName string) (string, error) {
 	owner := t // for a field of an embedded struct, that struct
 	for _, i := range field.Index[:len(field.Index)-1] {
 		owner = dereferenced(owner.Field(i).Type)
@@ -245,15 +246,27 @@ func (s *source) describeField(t reflect.Type, field reflect.StructField) (strin
 	if err != nil {
 		return "", err
 	}
-	text := doc.fields[field.Name]
+	text, goName := doc.fields[field.Name], field.Name
 	if text == "" {
-		doc, err := s.docOf(elementary(field.Type))
+		own := elementary(field.Type)
+		doc, err := s.docOf(own)
 		if err != nil {
 			return "", err
 		}
-		text = doc.text
+		text, goName = doc.text, own.Name()
 	}
-	return strings.Join(strings.Fields(text), " "), nil
+	text = strings.Join(strings.Fields(text), " ")
+	return renamed(text, goName, jsonName), nil
+}
+
+// renamed returns a comment that begins with one name as one that begins with
+// another.
+func renamed(text, from, to string) string {
+	rest, ok := strings.CutPrefix(text, from)
+	if !ok || from == "" || rest == "" || !strings.ContainsAny(rest[:1], " ,:;'") {
+		return text
+	}
+	return to + rest
 }
 
 func dereferenced(t reflect.Type) reflect.Type {
