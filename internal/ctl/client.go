@@ -1,0 +1,299 @@
+package ctl
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"os"
+	"strings"
+	"syscall"
+	"time"
+
+	"kuma/internal/errs"
+)
+
+const (
+	// maxAnswer is the largest answer that is read, in bytes. A dump of a large
+	// proxy's configuration has some tens of megabytes.
+	maxAnswer = 256 << 20
+	// greetTimeout bounds the wait for the index, whose only use is a warning.
+	greetTimeout = 5 * time.Second
+)
+
+// A client speaks with one control plane's API.
+type client struct {
+	app     *app
+	base    *url.URL
+	headers http.Header
+	http    *http.Client
+	name    string
+	mesh    string
+	caFile  string
+}
+
+// client returns a client for the context in use.
+func (a *app) client() (*client, error) {
+	ctx, cp, err := a.active()
+	if err != nil {
+		return nil, err
+	}
+	c, err := a.clientFor(cp)
+	if err != nil {
+		return nil, err
+	}
+	if ctx.Defaults != nil {
+		c.mesh = ctx.Defaults.Mesh
+	}
+	return c, nil
+}
+
+func (a *app) clientFor(cp controlPlane) (*client, error) {
+	api := cp.Coordinates.APIServer
+	base, err := parseAddress(api.URL)
+	if err != nil {
+		return nil, err
+	}
+	c := &client{app: a, base: base, name: cp.Name, caFile: api.CACertFile, headers: http.Header{}}
+	for _, h := range api.Headers {
+		c.headers.Set(h.Key, h.Value)
+	}
+	switch api.AuthType {
+	case "":
+	case "tokens":
+		token := strings.TrimSpace(api.AuthConf["token"])
+		if token == "" {
+			return nil, errs.New(errs.Invalid, "control plane %q has authType tokens and no token; add it again with --auth-conf token=TOKEN --overwrite", cp.Name)
+		}
+		c.headers.Set("Authorization", "Bearer "+token)
+	default:
+		return nil, errs.New(errs.Invalid, "authentication plugin of type %q is not found; known: tokens", api.AuthType)
+	}
+	transport := &http.Transport{Proxy: http.ProxyFromEnvironment, MaxResponseHeaderBytes: 1 << 20, ForceAttemptHTTP2: true}
+	if base.Scheme == "https" {
+		if transport.TLSClientConfig, err = tlsConfig(api); err != nil {
+			return nil, fmt.Errorf("control plane %q: %w", cp.Name, err)
+		}
+		if api.SkipVerify {
+			a.warn("the certificate of %s is not verified (skipVerify), so anyone on the way can read and change what is sent", base)
+		}
+	}
+	c.http = &http.Client{Transport: transport, Timeout: a.timeout, CheckRedirect: sameHost}
+	return c, nil
+}
+
+// sameHost follows a redirect only where credentials may go: to the same host
+// and never from https to http.
+func sameHost(r *http.Request, via []*http.Request) error {
+	first := via[0].URL
+	if r.URL.Host != first.Host || r.URL.Scheme != first.Scheme {
+		return fmt.Errorf("it redirects to %s://%s, where kumactl does not send credentials; use that address if it is right", r.URL.Scheme, r.URL.Host)
+	}
+	if len(via) >= 5 {
+		return errors.New("it redirects in a circle")
+	}
+	return nil
+}
+
+// parseAddress reads the URL of an API server.
+func parseAddress(address string) (*url.URL, error) {
+	u, err := url.Parse(address)
+	switch {
+	case err != nil:
+		return nil, errs.New(errs.Invalid, "API Server URL is invalid: %w", err)
+	case u.Scheme != "http" && u.Scheme != "https":
+		return nil, errs.New(errs.Invalid, "API Server URL is invalid: %q must start with http:// or https://", address)
+	case u.Host == "":
+		return nil, errs.New(errs.Invalid, "API Server URL is invalid: %q has no host", address)
+	case u.User != nil:
+		return nil, errs.New(errs.Invalid, "API Server URL is invalid: it must not hold a user or password; use --auth-type and --auth-conf")
+	}
+	return u, nil
+}
+
+// tlsConfig verifies against the CA file, or the system's roots where there
+// is none.
+func tlsConfig(api apiServer) (*tls.Config, error) {
+	cfg := &tls.Config{MinVersion: tls.VersionTLS12, InsecureSkipVerify: api.SkipVerify}
+	if api.CACertFile != "" {
+		pem, err := readLimited(api.CACertFile, maxConfigSize)
+		if err != nil {
+			return nil, fmt.Errorf("read the CA certificate: %w", err)
+		}
+		cfg.RootCAs = x509.NewCertPool()
+		if !cfg.RootCAs.AppendCertsFromPEM(pem) {
+			return nil, errs.New(errs.Invalid, "%s holds no PEM certificate", api.CACertFile)
+		}
+	}
+	if (api.ClientCertFile == "") != (api.ClientKeyFile == "") {
+		return nil, errs.New(errs.Invalid, "Both --client-cert-file and --client-key-file needs to be specified")
+	}
+	if api.ClientCertFile != "" {
+		pair, err := tls.LoadX509KeyPair(api.ClientCertFile, api.ClientKeyFile)
+		if err != nil {
+			return nil, fmt.Errorf("read the client's certificate: %w", err)
+		}
+		cfg.Certificates = []tls.Certificate{pair}
+	}
+	return cfg, nil
+}
+
+// path joins path elements, each escaped.
+func path(elements ...string) string {
+	var b strings.Builder
+	for _, e := range elements {
+		b.WriteString("/" + url.PathEscape(e))
+	}
+	return b.String()
+}
+
+// do sends one request and returns the body of a successful answer. A status
+// of 400 or above is a *problem.
+func (c *client) do(ctx context.Context, method, path string, query url.Values, body []byte) (status int, answer []byte, err error) {
+	target := *c.base
+	target.RawPath = ""
+	escaped := strings.TrimSuffix(c.base.EscapedPath(), "/") + path
+	if target.Path, err = url.PathUnescape(escaped); err != nil {
+		return 0, nil, errs.New(errs.Invalid, "path %q: %w", path, err)
+	}
+	target.RawPath = escaped
+	target.RawQuery = query.Encode()
+	r, err := http.NewRequestWithContext(ctx, method, target.String(), bytes.NewReader(body))
+	if err != nil {
+		return 0, nil, fmt.Errorf("make a request: %w", err)
+	}
+	for k, v := range c.headers {
+		r.Header[k] = v
+	}
+	r.Header.Set("Accept", "application/json")
+	if body != nil {
+		r.Header.Set("Content-Type", "application/json")
+	}
+	start := c.app.now()
+	resp, err := c.http.Do(r)
+	if err != nil {
+		return 0, nil, c.unreachable(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	answer, err = readAll(resp.Body, "the answer of "+c.base.String(), maxAnswer)
+	c.app.log.Info("request", "method", method, "url", target.Redacted(), "status", resp.StatusCode, "bytes", len(answer), "took", c.app.now().Sub(start))
+	if err != nil {
+		return 0, nil, c.unreachable(err)
+	}
+	if resp.StatusCode >= http.StatusMultipleChoices {
+		return resp.StatusCode, nil, readProblem(resp.StatusCode, answer, c.base.String())
+	}
+	return resp.StatusCode, answer, nil
+}
+
+// unreachable is a request that got no answer.
+type unreachable struct {
+	where string
+	cause error
+	mend  string
+}
+
+func (u *unreachable) Error() string {
+	return "could not reach the control plane at " + u.where + ": " + u.cause.Error() + u.mend
+}
+
+func (u *unreachable) Unwrap() error { return u.cause }
+
+// unreachable says why there was no answer and what to do.
+func (c *client) unreachable(err error) error {
+	if e, ok := errors.AsType[*url.Error](err); ok {
+		err = e.Err
+	}
+	u := &unreachable{where: c.base.String(), cause: err}
+	var timeout interface{ Timeout() bool }
+	switch {
+	case errors.Is(err, context.Canceled):
+	case errors.Is(err, syscall.ECONNREFUSED):
+		u.mend = "\n  is it running? kumactl config control-planes list shows the address in use"
+	case isTrust(err) && c.caFile == "":
+		u.mend = "\n  name the CA that signed its certificate: kumactl config control-planes add --ca-cert-file FILE --overwrite …"
+	case isTrust(err):
+		u.mend = "\n  " + c.caFile + " is not the CA that signed its certificate, or the address is not in that certificate"
+	case errors.As(err, &timeout) && timeout.Timeout():
+		u.mend = "\n  no answer in time; --api-timeout sets how long to wait"
+	case strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"):
+		u.mend = "\n  this port speaks plain HTTP: use http:// or the port of the HTTPS API (5682)"
+	case strings.Contains(err.Error(), "malformed HTTP response"):
+		u.mend = "\n  this port does not speak plain HTTP: use https:// or the port of the HTTP API (5681)"
+	}
+	return u
+}
+
+// isTrust reports whether the server's certificate was refused.
+func isTrust(err error) bool {
+	_, ok := errors.AsType[*tls.CertificateVerificationError](err)
+	return ok
+}
+
+// An index is the answer of GET /.
+type index struct {
+	Product    string `json:"product"`
+	Version    string `json:"version"`
+	BasedOn    string `json:"basedOnKuma"`
+	InstanceID string `json:"instanceId"`
+	ClusterID  string `json:"clusterId"`
+	// DryRun: PUT understands "dry-run=true". A server that doesn't know it
+	// would write.
+	DryRun bool `json:"dryRun"`
+}
+
+// index asks who the control plane is.
+func (c *client) index(ctx context.Context) (index, error) {
+	ctx, cancel := context.WithTimeout(ctx, greetTimeout)
+	defer cancel()
+	var i index
+	_, body, err := c.do(ctx, http.MethodGet, "/", nil, nil)
+	if err != nil {
+		return i, err
+	}
+	if err := json.Unmarshal(body, &i); err != nil || i.Product == "" {
+		return i, errs.New(errs.Invalid, "%s does not answer like a control plane's API", c.base)
+	}
+	return i, nil
+}
+
+// greet asks who the control plane is and warns where it does not fit this
+// program. That it can't be reached is only a warning too: the command itself
+// will say so.
+func (c *client) greet(ctx context.Context) index {
+	i, err := c.index(ctx)
+	if err != nil {
+		c.app.warn("unable to check the version of the control plane: %s", firstLine(err.Error()))
+		return i
+	}
+	if i.Product != product {
+		c.app.warn("the control plane at %s is a %q, this is kumactl of %q", c.base, i.Product, product)
+	}
+	if v := clientVersion(); !compatible(v, i.Version) {
+		c.app.warn("the control plane has version %s, which this kumactl (%s) may not understand; use a kumactl at most two minor versions apart", i.Version, v)
+	}
+	return i
+}
+
+// json asks and decodes the answer.
+func (c *client) json(ctx context.Context, path string, query url.Values, into any) error {
+	_, body, err := c.do(ctx, http.MethodGet, path, query, nil)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(body, into); err != nil {
+		return errs.New(errs.Invalid, "the answer of %s%s is not the JSON that was expected: %w", c.base, path, err)
+	}
+	return nil
+}
+
+// fileExists reports whether the path leads to a file.
+func fileExists(path string) bool {
+	st, err := os.Stat(path)
+	return err == nil && !st.IsDir()
+}
