@@ -1,0 +1,208 @@
+package auth
+
+import (
+	"bufio"
+	"context"
+	"encoding/binary"
+	"encoding/hex"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+)
+
+// SocketOwner tells which user holds the other end of a connection on this
+// machine: the socket whose own address is local and whose peer is remote. It
+// reports false where that can't be known for certain.
+type SocketOwner func(local, remote netip.AddrPort) (uid uint32, ok bool)
+
+// KernelSocketOwner reads the kernel's socket tables (Linux). Elsewhere there
+// are none, so nobody is known.
+func KernelSocketOwner(local, remote netip.AddrPort) (uid uint32, ok bool) {
+	overflow := uint64(65534)
+	if b, err := os.ReadFile("/proc/sys/kernel/overflowuid"); err == nil {
+		if v, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 32); err == nil {
+			overflow = v
+		}
+	}
+	for _, path := range []string{"/proc/self/net/tcp", "/proc/self/net/tcp6"} {
+		f, err := os.Open(path)
+		if err != nil {
+			continue
+		}
+		uid, ok = findSocket(f, local, remote)
+		_ = f.Close()
+		if ok {
+			// A user of another user namespace is shown as this one, whoever
+			// it is.
+			return uid, uint64(uid) != overflow
+		}
+	}
+	return 0, false
+}
+
+// findSocket looks for a socket in a table of /proc/net/tcp's form. A socket
+// that its owner has closed has no inode, and its user is shown as 0: it does
+// not count.
+func findSocket(table io.Reader, local, remote netip.AddrPort) (uid uint32, ok bool) {
+	s := bufio.NewScanner(table)
+	for s.Scan() {
+		f := strings.Fields(s.Text())
+		if len(f) < 10 || !sameAddr(f[1], local) || !sameAddr(f[2], remote) {
+			continue
+		}
+		inode, err := strconv.ParseUint(f[9], 10, 64)
+		if err != nil || inode == 0 {
+			return 0, false
+		}
+		v, err := strconv.ParseUint(f[7], 10, 32)
+		if err != nil {
+			return 0, false
+		}
+		return uint32(v), true
+	}
+	return 0, false
+}
+
+// sameAddr compares "0100007F:1631", the kernel's form, with an address.
+func sameAddr(s string, want netip.AddrPort) bool {
+	host, port, ok := strings.Cut(s, ":")
+	if !ok {
+		return false
+	}
+	if p, err := strconv.ParseUint(port, 16, 16); err != nil || uint16(p) != want.Port() {
+		return false
+	}
+	b, err := hex.DecodeString(host)
+	if err != nil || len(b) != 4 && len(b) != 16 {
+		return false
+	}
+	// Words of four bytes in the machine's own order.
+	for i := 0; i < len(b); i += 4 {
+		binary.NativeEndian.PutUint32(b[i:], binary.BigEndian.Uint32(b[i:]))
+	}
+	a, ok := netip.AddrFromSlice(b)
+	return ok && a.Unmap() == want.Addr().Unmap().WithZone("")
+}
+
+// peerKey holds a connection's owner in its context.
+type peerKey struct{}
+
+// peerOwner is asked for once in a connection's life: its owner stays.
+type peerOwner struct{ trusted func() bool }
+
+// ConnContext remembers who owns the other end of a connection, so that the
+// kernel is asked once for each connection and not for each request. It is
+// meant for http.Server.ConnContext.
+func (a *Authenticator) ConnContext(ctx context.Context, c net.Conn) context.Context {
+	local, remote := c.LocalAddr(), c.RemoteAddr()
+	return context.WithValue(ctx, peerKey{}, &peerOwner{sync.OnceValue(func() bool { return a.trustedPeer(local.String(), remote.String()) })})
+}
+
+// trustedPeer reports whether the peer is on this machine and runs as our own
+// user or as root.
+func (a *Authenticator) trustedPeer(local, remote string) bool {
+	l, err := netip.ParseAddrPort(local)
+	if err != nil {
+		return false
+	}
+	r, err := netip.ParseAddrPort(remote)
+	if err != nil || !r.Addr().Unmap().IsLoopback() {
+		return false
+	}
+	// The peer's socket has our remote address as its own.
+	uid, ok := a.owner(r, l)
+	return ok && (uid == 0 || uid == a.uid)
+}
+
+// forwarded are headers that only a proxy or a browser behind one sends.
+var forwarded = []string{"Forwarded", "Via", "X-Real-Ip", "X-Client-Ip", "X-Cluster-Client-Ip", "True-Client-Ip", "Cf-Connecting-Ip", "X-Envoy-External-Address", "X-Original-Host"}
+
+// localAdmin tells whether a request without a credential comes from the
+// administrator at this machine: security.md 4.3, and beyond it the owner of
+// the peer's socket.
+func (a *Authenticator) localAdmin(r *http.Request) bool {
+	if !a.localhostIsAdmin {
+		return false
+	}
+	peer, err := netip.ParseAddrPort(r.RemoteAddr)
+	if err != nil || !peer.Addr().Unmap().IsLoopback() {
+		return false
+	}
+	for _, h := range forwarded {
+		if _, there := r.Header[h]; there {
+			return false
+		}
+	}
+	for h := range r.Header {
+		if strings.HasPrefix(h, "X-Forwarded") {
+			return false
+		}
+	}
+	if !loopbackHost(r.Host) {
+		return false
+	}
+	for _, v := range r.Header["Sec-Fetch-Site"] {
+		if v != "same-origin" && v != "none" {
+			return false
+		}
+	}
+	for _, v := range r.Header["Origin"] {
+		if !sameOrigin(v, r) {
+			return false
+		}
+	}
+	if known, ok := r.Context().Value(peerKey{}).(*peerOwner); ok {
+		return known.trusted()
+	}
+	local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
+	return ok && a.trustedPeer(local.String(), r.RemoteAddr)
+}
+
+// loopbackHost reports whether a Host header names this machine itself.
+func loopbackHost(host string) bool {
+	name, _ := splitHost(host)
+	if name == "localhost" {
+		return true
+	}
+	ip, err := netip.ParseAddr(name)
+	return err == nil && ip.Zone() == "" && ip.Unmap().IsLoopback()
+}
+
+// splitHost separates a name or address from its port; the port may be absent.
+func splitHost(host string) (name, port string) {
+	if n, p, err := net.SplitHostPort(host); err == nil {
+		return n, p
+	}
+	return strings.TrimSuffix(strings.TrimPrefix(host, "["), "]"), ""
+}
+
+// sameOrigin reports whether an Origin is that of the page which this server
+// itself served: same scheme, host and port, nothing else.
+func sameOrigin(origin string, r *http.Request) bool {
+	u, err := url.Parse(origin)
+	if err != nil || u.Path != "" || u.RawQuery != "" || u.Fragment != "" || u.User != nil || u.Opaque != "" {
+		return false
+	}
+	scheme, defaultPort := "http", "80"
+	if r.TLS != nil {
+		scheme, defaultPort = "https", "443"
+	}
+	if u.Scheme != scheme || !loopbackHost(u.Host) {
+		return false
+	}
+	on, op := splitHost(u.Host)
+	hn, hp := splitHost(r.Host)
+	if op == "" {
+		op = defaultPort
+	}
+	if hp == "" {
+		hp = defaultPort
+	}
+	return on == hn && op == hp
+}

@@ -1,0 +1,126 @@
+package auth
+
+import (
+	"log/slog"
+	"net/http"
+	"os"
+	"strings"
+
+	"kuma/internal/errs"
+	"kuma/internal/token"
+)
+
+// UsersConfig is how callers of the API are authenticated (key
+// "apiServer.authn").
+type UsersConfig struct {
+	// Type is "tokens". There is no other in this version.
+	Type string `json:"type"`
+	// LocalhostIsAdmin makes who calls from this machine, as the control
+	// plane's own user or as root and without a credential, the administrator.
+	LocalhostIsAdmin bool `json:"localhostIsAdmin"`
+	// Tokens is about user tokens.
+	Tokens UserTokensConfig `json:"tokens"`
+}
+
+// UserTokensConfig is about user tokens.
+type UserTokensConfig struct {
+	// BootstrapAdminToken has the control plane make the GlobalSecret
+	// admin-user-token where there is none.
+	BootstrapAdminToken bool `json:"bootstrapAdminToken"`
+	// EnableIssuer lets administrators have tokens issued by the API.
+	EnableIssuer bool `json:"enableIssuer"`
+	// Validator says which keys verify tokens.
+	Validator ValidatorConfig `json:"validator"`
+}
+
+// DefaultUsers is the contract's.
+func DefaultUsers() UsersConfig {
+	return UsersConfig{Type: "tokens", LocalhostIsAdmin: true, Tokens: UserTokensConfig{
+		BootstrapAdminToken: true, EnableIssuer: true, Validator: ValidatorConfig{UseSecrets: true, PublicKeys: []PublicKey{}},
+	}}
+}
+
+// AuthenticatorConfig is what an Authenticator needs.
+type AuthenticatorConfig struct {
+	Users   UsersConfig
+	Secrets Secrets
+	// Owner tells who owns a socket; nil means KernelSocketOwner.
+	Owner SocketOwner
+	// Hint is added to the error of a token that does not verify.
+	Hint string
+	// Log may be nil.
+	Log *slog.Logger
+}
+
+// Authenticator tells who calls the API.
+type Authenticator struct {
+	users            *token.Verifier
+	localhostIsAdmin bool
+	owner            SocketOwner
+	uid              uint32
+}
+
+// NewAuthenticator makes an Authenticator. Errors are Invalid: a configured
+// key that can't be read.
+func NewAuthenticator(c AuthenticatorConfig) (*Authenticator, error) {
+	if c.Users.Type != "" && c.Users.Type != "tokens" {
+		return nil, errs.New(errs.Invalid, "apiServer.authn.type: there is no authentication named %q in this version; use \"tokens\"", c.Users.Type)
+	}
+	keys, err := userKeys(c.Users.Tokens.Validator, c.Secrets, newMaterial(), logger(c.Log))
+	if err != nil {
+		return nil, err
+	}
+	owner := c.Owner
+	if owner == nil {
+		owner = KernelSocketOwner
+	}
+	return &Authenticator{
+		users:            token.New(token.Config{Keys: keys, Hint: c.Hint}),
+		localhostIsAdmin: c.Users.LocalhostIsAdmin, owner: owner, uid: uint32(os.Getuid()),
+	}, nil
+}
+
+func userKeys(v ValidatorConfig, secrets Secrets, m *material, log *slog.Logger) (*keySource, error) {
+	static, err := parsePublicKeys("apiServer.authn.tokens.validator", v.PublicKeys)
+	if err != nil {
+		return nil, err
+	}
+	return &keySource{
+		secrets: secrets, material: m, static: static, useSecrets: v.UseSecrets,
+		prefix: token.UserKeyPrefix, revocations: []place{{"", token.UserRevocations}}, log: log,
+	}, nil
+}
+
+func logger(l *slog.Logger) *slog.Logger {
+	if l == nil {
+		return slog.New(slog.DiscardHandler)
+	}
+	return l
+}
+
+// HTTP tells who sent a request: the owner of its user token, or the
+// administrator at this machine, or nobody. A credential that does not verify
+// is errs.Unauthenticated; it never falls back to being local.
+func (a *Authenticator) HTTP(r *http.Request) (Caller, error) {
+	values := r.Header["Authorization"]
+	switch len(values) {
+	case 0:
+		if a.localAdmin(r) {
+			return Admin(), nil
+		}
+		return Anonymous(), nil
+	case 1:
+	default:
+		return Caller{}, errs.New(errs.Unauthenticated, "the request has %d authorization headers", len(values))
+	}
+	text, ok := strings.CutPrefix(values[0], "Bearer ")
+	if !ok {
+		// Another scheme is nobody's credential here, and still not local.
+		return Anonymous(), nil
+	}
+	u, err := a.users.User(r.Context(), strings.TrimSpace(text))
+	if err != nil {
+		return Caller{}, err
+	}
+	return User(u), nil
+}
