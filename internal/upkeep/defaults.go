@@ -1,0 +1,214 @@
+package upkeep
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+
+	"kuma/internal/errs"
+	"kuma/internal/mesh"
+	"kuma/internal/resource"
+	"kuma/internal/store"
+)
+
+// initial is a policy that a new mesh is born with (core.md 8.4).
+type initial struct {
+	kind, name string
+	// routing ones are made only where the contract's setting asks for them.
+	routing bool
+	spec    string
+}
+
+var initials = []initial{
+	{kind: "MeshTimeout", name: "mesh-timeout-all-", spec: `"spec":{"targetRef":{"kind":"Mesh","proxyTypes":["Sidecar"]},
+		"to":[{"targetRef":{"kind":"Mesh"},"default":{"connectionTimeout":"5s","idleTimeout":"1h","http":{"requestTimeout":"15s","streamIdleTimeout":"30m"}}}],
+		"from":[{"targetRef":{"kind":"Mesh"},"default":{"connectionTimeout":"10s","idleTimeout":"2h","http":{"requestTimeout":"0s","streamIdleTimeout":"1h","maxStreamDuration":"0s"}}}]}`},
+	{kind: "MeshTimeout", name: "mesh-gateways-timeout-all-", spec: `"spec":{"targetRef":{"kind":"Mesh","proxyTypes":["Gateway"]},
+		"to":[{"targetRef":{"kind":"Mesh"},"default":{"idleTimeout":"1h","http":{"streamIdleTimeout":"5s"}}}],
+		"from":[{"targetRef":{"kind":"Mesh"},"default":{"idleTimeout":"5m","http":{"streamIdleTimeout":"5s","requestHeadersTimeout":"500ms"}}}]}`},
+	{kind: "TrafficPermission", name: "allow-all-", routing: true, spec: `"sources":[{"match":{"kuma.io/service":"*"}}],"destinations":[{"match":{"kuma.io/service":"*"}}]`},
+}
+
+// Complete returns what is written together with a Mesh: for a new one its
+// signing key and initial policies, and, whenever a builtin backend is
+// declared whose secrets are not there, those. The policies are made once: one
+// that a user deletes stays deleted.
+func (k *Keeper) Complete(ctx context.Context, m, old *resource.Resource) ([]store.Write, []errs.Field, error) {
+	spec := mesh.Meshes.From(m).Spec
+	var writes []store.Write
+	if old == nil {
+		key, err := k.cfg.Tokens.SigningKey()
+		if err != nil {
+			return nil, nil, err
+		}
+		w, err := k.unlessThere(ctx, secret(m.Name, mesh.DataplaneSigningKeyPrefix(m.Name)+"1", key))
+		if err != nil {
+			return nil, nil, err
+		}
+		writes = append(writes, w...)
+		for _, d := range initials {
+			r, err := k.initial(d, m.Name, spec)
+			if err != nil {
+				return nil, nil, err
+			}
+			if r != nil {
+				writes = append(writes, store.Set(r))
+			}
+		}
+	}
+	if spec.MTLS == nil {
+		return writes, nil, nil
+	}
+	var bad []errs.Field
+	for i := range spec.MTLS.Backends {
+		b := &spec.MTLS.Backends[i]
+		if b.Type != "builtin" {
+			bad = append(bad, errs.Field{Path: fmt.Sprintf("mtls.backends[%d].type", i), Message: "could not find installed plugin for this type"})
+			continue
+		}
+		_, errCert := k.cfg.Store.Get(ctx, mesh.Secrets.Key(m.Name, mesh.BuiltinCertSecret(m.Name, b.Name)))
+		_, errKey := k.cfg.Store.Get(ctx, mesh.Secrets.Key(m.Name, mesh.BuiltinKeySecret(m.Name, b.Name)))
+		if errCert == nil && errKey == nil {
+			continue
+		}
+		for _, err := range []error{errCert, errKey} {
+			if err != nil && !errs.Is(err, errs.NotFound) {
+				return nil, nil, err
+			}
+		}
+		cert, key, err := k.cfg.Authority(m.Name, b)
+		if errs.Is(err, errs.Invalid) {
+			bad = append(bad, errs.Under(fmt.Sprintf("mtls.backends[%d].conf", i), []errs.Field{{Message: err.Error()}})...)
+			continue
+		}
+		if err != nil {
+			return nil, nil, err
+		}
+		writes = append(writes,
+			store.Set(secret(m.Name, mesh.BuiltinCertSecret(m.Name, b.Name), cert)),
+			store.Set(secret(m.Name, mesh.BuiltinKeySecret(m.Name, b.Name), key)))
+	}
+	return writes, bad, nil
+}
+
+// initial makes one default policy of a mesh, or nil where it is not wanted.
+func (k *Keeper) initial(d initial, meshName string, spec *mesh.MeshSpec) (*resource.Resource, error) {
+	i := slices.IndexFunc(k.cfg.Kinds, func(kind *resource.Kind) bool { return kind.Name == d.kind })
+	skip := spec.SkipCreatingInitialPolicies
+	if i < 0 || d.routing && !k.cfg.RoutingResources || slices.Contains(skip, "*") || slices.Contains(skip, d.kind) {
+		return nil, nil
+	}
+	doc := fmt.Sprintf(`{"type":%q,"mesh":%q,"name":%q,%s}`, d.kind, meshName, d.name+meshName, d.spec)
+	r, err := resource.Decode(k.cfg.Kinds[i], []byte(doc), false)
+	if err != nil {
+		return nil, fmt.Errorf("initial policy %s: %w", d.name, err)
+	}
+	r.Labels = map[string]string{mesh.LabelMesh: meshName}
+	if !d.routing {
+		r.Labels[mesh.LabelOrigin], r.Labels[mesh.LabelZone], r.Labels[mesh.LabelEnv] = mesh.OriginZone, k.cfg.Zone, mesh.EnvUniversal
+	}
+	return r, nil
+}
+
+func secret(meshName, name string, data []byte) *resource.Resource {
+	r := mesh.Secrets.Make(meshName, name, &mesh.SecretSpec{Data: data})
+	r.Labels = map[string]string{mesh.LabelMesh: meshName}
+	return r
+}
+
+// unlessThere returns the write of a resource, or none if it exists.
+func (k *Keeper) unlessThere(ctx context.Context, r *resource.Resource) ([]store.Write, error) {
+	switch _, err := k.cfg.Store.Get(ctx, r.Key()); {
+	case err == nil:
+		return nil, nil
+	case errs.Is(err, errs.NotFound):
+		return []store.Write{store.Create(r)}, nil
+	default:
+		return nil, err
+	}
+}
+
+// Prepare makes what a control plane needs before it serves anyone: signing
+// keys where there are none at all, the administrator's token, this zone's
+// Zone, and, in a store that nothing was ever written to, the Mesh "default".
+// It is one transaction: a start that is cut short leaves no half.
+func (k *Keeper) Prepare(ctx context.Context) error {
+	all, revision, err := k.cfg.Store.List(ctx, mesh.GlobalSecrets.Name, "")
+	if err != nil {
+		return err
+	}
+	first := func(prefix string) *resource.Resource {
+		i := slices.IndexFunc(all, func(r *resource.Resource) bool { return strings.HasPrefix(r.Name, prefix) })
+		if i < 0 {
+			return nil
+		}
+		return all[i]
+	}
+	there := func(name string) bool {
+		return slices.ContainsFunc(all, func(r *resource.Resource) bool { return r.Name == name })
+	}
+	var mu sync.Mutex
+	var writes []store.Write
+	add := func(w ...store.Write) {
+		mu.Lock()
+		defer mu.Unlock()
+		writes = append(writes, w...)
+	}
+	var g errgroup.Group // keys take a while: make them side by side
+	g.Go(func() error {
+		key := first(mesh.UserSigningKeyPrefix)
+		if key == nil {
+			pem, err := k.cfg.Tokens.SigningKey()
+			if err != nil {
+				return err
+			}
+			key = mesh.GlobalSecrets.Make("", mesh.UserSigningKeyPrefix+"1", &mesh.SecretSpec{Data: pem})
+			add(store.Create(key))
+		}
+		if !k.cfg.AdminToken || there(mesh.AdminUserToken) {
+			return nil
+		}
+		token, err := k.cfg.Tokens.AdminToken(mesh.GlobalSecrets.From(key).Spec.Data, strings.TrimPrefix(key.Name, mesh.UserSigningKeyPrefix))
+		if err != nil {
+			return fmt.Errorf("make the administrator's token: %w", err)
+		}
+		add(store.Create(mesh.GlobalSecrets.Make("", mesh.AdminUserToken, &mesh.SecretSpec{Data: []byte(token)})))
+		return nil
+	})
+	g.Go(func() error {
+		if first(mesh.ZoneSigningKeyPrefix) != nil {
+			return nil
+		}
+		pem, err := k.cfg.Tokens.SigningKey()
+		if err != nil {
+			return err
+		}
+		add(store.Create(mesh.GlobalSecrets.Make("", mesh.ZoneSigningKeyPrefix+"1", &mesh.SecretSpec{Data: pem})))
+		return nil
+	})
+	g.Go(func() error {
+		w, err := k.unlessThere(ctx, mesh.Zones.Make("", k.cfg.Zone, &mesh.ZoneSpec{}))
+		add(w...)
+		return err
+	})
+	if revision == 0 && !k.cfg.SkipMesh {
+		g.Go(func() error {
+			m := mesh.Meshes.Make("", "default", &mesh.MeshSpec{})
+			w, _, err := k.Complete(ctx, m, nil)
+			add(append([]store.Write{store.Create(m)}, w...)...)
+			return err
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	if len(writes) == 0 {
+		return nil
+	}
+	_, err = k.cfg.Store.Put(ctx, writes...)
+	return err
+}

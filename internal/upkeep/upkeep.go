@@ -1,0 +1,132 @@
+// Package upkeep is what one control plane does for all of a zone: what a new
+// mesh is born with, the MeshServices that follow from Dataplanes, and the
+// removal of what is left behind.
+package upkeep
+
+import (
+	"context"
+	"log/slog"
+	"time"
+
+	"kuma/internal/errs"
+	"kuma/internal/mesh"
+	"kuma/internal/resource"
+	"kuma/internal/state"
+	"kuma/internal/store"
+)
+
+// Config is what a Keeper needs.
+type Config struct {
+	Store   store.Store
+	Tracker *state.Tracker
+	// Kinds are those that exist here: defaults are made of no other.
+	Kinds []*resource.Kind
+	// Zone is this zone's name.
+	Zone string
+	// ServiceGrace is how long a generated MeshService outlives its last
+	// Dataplane; the default is one hour.
+	ServiceGrace time.Duration
+	// SkipMesh: make no Mesh "default" at the very first start.
+	SkipMesh bool
+	// RoutingResources: also make the older allow-all TrafficPermission.
+	RoutingResources bool
+	// AdminToken: keep a token for the first administrator in a GlobalSecret.
+	AdminToken bool
+	Tokens     Tokens
+	// Authority makes the secrets of a builtin authority (certificate and key, PEM).
+	Authority func(mesh string, b *mesh.Backend) (cert, key []byte, err error)
+	Log       *slog.Logger
+}
+
+// Tokens makes keys and the administrator's token.
+type Tokens interface {
+	// SigningKey returns a new signing key, PEM.
+	SigningKey() ([]byte, error)
+	// AdminToken returns a token for the administrator, signed with the key
+	// whose serial number is serial.
+	AdminToken(key []byte, serial string) (string, error)
+}
+
+// Keeper does the upkeep. Prepare is called once before anything is served;
+// Complete is called with each write of a Mesh; Run goes on beside.
+type Keeper struct{ cfg Config }
+
+// New makes a keeper.
+func New(cfg Config) *Keeper {
+	if cfg.ServiceGrace == 0 {
+		cfg.ServiceGrace = time.Hour
+	}
+	return &Keeper{cfg}
+}
+
+// Run keeps MeshServices and insights in line with the Dataplanes, whenever
+// something changes.
+func (k *Keeper) Run(ctx context.Context) error {
+	changed, stop := k.cfg.Tracker.Subscribe()
+	defer stop()
+	select {
+	case <-k.cfg.Tracker.Ready():
+	case <-ctx.Done():
+		return nil
+	}
+	var seen *state.Picture
+	var again <-chan time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-changed:
+			pic := k.cfg.Tracker.Now()
+			changes, known := pic.Since(seen)
+			if seen = pic; known && !matters(changes) {
+				continue
+			}
+			again = k.tidy(ctx, pic)
+		case <-again:
+			again = k.tidy(ctx, k.cfg.Tracker.Now())
+		}
+	}
+}
+
+// matters reports whether any of the changes has a part in what tidy does.
+func matters(changes []state.Change) bool {
+	for _, c := range changes {
+		switch c.Key.Kind {
+		case mesh.Meshes.Name, mesh.Dataplanes.Name, mesh.DataplaneInsights.Name, mesh.MeshServices.Name:
+			return true
+		}
+	}
+	return false
+}
+
+// tidy makes the writes that are due, and returns when to look again.
+func (k *Keeper) tidy(ctx context.Context, pic *state.Picture) <-chan time.Time {
+	now := time.Now()
+	var next time.Time
+	var writes []store.Write
+	for _, name := range pic.Meshes() {
+		m := pic.Mesh(name)
+		w, again := services(m, k.cfg.Zone, k.cfg.ServiceGrace, now, k.cfg.Log)
+		writes = append(writes, w...)
+		if !again.IsZero() && (next.IsZero() || again.Before(next)) {
+			next = again
+		}
+		for _, r := range m.List(mesh.DataplaneInsights.Name) {
+			if m.Get(mesh.Dataplanes.Name, r.Name) == nil {
+				writes = append(writes, store.Write{Key: r.Key(), If: store.Condition{Version: r.Version}})
+			}
+		}
+	}
+	// A write that another overtook is repeated when that one shows in the
+	// picture; one at a time, so that it holds up no other.
+	for _, w := range writes {
+		if _, err := k.cfg.Store.Put(ctx, w); err != nil && !errs.Is(err, errs.Conflict) && !errs.Is(err, errs.NotFound) && ctx.Err() == nil {
+			k.cfg.Log.Error("upkeep could not write", "resource", w.Key.String(), "error", err)
+			next = now.Add(5 * time.Second)
+		}
+	}
+	if next.IsZero() {
+		return nil
+	}
+	return time.After(time.Until(next))
+}
