@@ -21,6 +21,8 @@ type Picture struct {
 	// seq numbers pictures; history holds how the last ones came about.
 	seq     uint64
 	history []step
+	// insights is the seq at which any DataplaneInsight last changed.
+	insights uint64
 
 	global map[string]map[string]*resource.Resource
 	meshes map[string]*Mesh
@@ -73,6 +75,10 @@ func (p *Picture) Since(old *Picture) ([]Change, bool) {
 	}
 	return out, true
 }
+
+// InsightsSince reports whether any DataplaneInsight changed after old. Since
+// tells of insights only where the authority that they show changed.
+func (p *Picture) InsightsSince(old *Picture) bool { return old == nil || p.insights > old.seq }
 
 // Get returns a resource, or nil.
 func (p *Picture) Get(k resource.Key) *resource.Resource {
@@ -272,7 +278,7 @@ func IdentityOf(d mesh.Dataplane) Identity {
 // matter to proxies only by the authority they show; other changes of them are
 // taken over without being told.
 func (p *Picture) with(revision uint64, changes []Change) *Picture {
-	n := &Picture{Revision: revision, seq: p.seq + 1, global: maps.Clone(p.global), meshes: maps.Clone(p.meshes)}
+	n := &Picture{Revision: revision, seq: p.seq + 1, insights: p.insights, global: maps.Clone(p.global), meshes: maps.Clone(p.meshes)}
 	copiedGlobal, copiedMesh, copiedKind := map[string]bool{}, map[string]bool{}, map[[2]string]bool{}
 	var told []Change
 	for i := range changes {
@@ -309,6 +315,7 @@ func (p *Picture) with(revision uint64, changes []Change) *Picture {
 		case mesh.Dataplanes.Name:
 			m.services, m.tls = new(serviceIndex), new(tlsIndex)
 		case mesh.DataplaneInsights.Name:
+			n.insights = n.seq
 			if issuedBackend(c.Old) == issuedBackend(c.New) {
 				continue
 			}

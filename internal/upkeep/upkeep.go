@@ -78,7 +78,8 @@ func (k *Keeper) Run(ctx context.Context) error {
 		case <-changed:
 			pic := k.cfg.Tracker.Now()
 			changes, known := pic.Since(seen)
-			if seen = pic; known && !matters(changes) {
+			insights := pic.InsightsSince(seen)
+			if seen = pic; known && !insights && !matters(changes) {
 				continue
 			}
 			again = k.tidy(ctx, pic)
@@ -92,7 +93,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 func matters(changes []state.Change) bool {
 	for _, c := range changes {
 		switch c.Key.Kind {
-		case mesh.Meshes.Name, mesh.Dataplanes.Name, mesh.DataplaneInsights.Name, mesh.MeshServices.Name:
+		case mesh.Meshes.Name, mesh.Dataplanes.Name, mesh.MeshServices.Name:
 			return true
 		}
 	}
