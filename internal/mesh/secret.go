@@ -36,19 +36,6 @@ func BuiltinCertSecret(mesh, backend string) string { return mesh + ".ca-builtin
 // BuiltinKeySecret is the name of the Secret with a builtin authority's key.
 func BuiltinKeySecret(mesh, backend string) string { return mesh + ".ca-builtin-key-" + backend }
 
-// Names of the secrets with signing keys; a serial number follows.
-const (
-	UserSigningKeyPrefix = "user-token-signing-key-"
-	ZoneSigningKeyPrefix = "zone-token-signing-key-"
-	UserRevocations      = "user-token-revocations"
-	AdminUserToken       = "admin-user-token"
-)
-
-// DataplaneSigningKeyPrefix starts the names of a mesh's signing keys.
-func DataplaneSigningKeyPrefix(mesh string) string {
-	return "dataplane-token-signing-key-" + mesh + "-"
-}
-
-// DataplaneRevocations is the name of the (Global)Secret with the ids of a
-// mesh's revoked dataplane tokens.
-func DataplaneRevocations(mesh string) string { return "dataplane-token-revocations-" + mesh }
+// AdminUserToken is the name of the GlobalSecret with the first
+// administrator's token.
+const AdminUserToken = "admin-user-token"

@@ -4,15 +4,17 @@ import (
 	"context"
 	"fmt"
 	"slices"
-	"strings"
+	"strconv"
 	"sync"
 
 	"golang.org/x/sync/errgroup"
 
+	"kuma/internal/auth"
 	"kuma/internal/errs"
 	"kuma/internal/mesh"
 	"kuma/internal/resource"
 	"kuma/internal/store"
+	"kuma/internal/token"
 )
 
 // initial is a policy that a new mesh is born with (core.md 8.4).
@@ -41,11 +43,11 @@ func (k *Keeper) Complete(ctx context.Context, m, old *resource.Resource) ([]sto
 	spec := mesh.Meshes.From(m).Spec
 	var writes []store.Write
 	if old == nil {
-		key, err := k.cfg.Tokens.SigningKey()
+		key, err := token.NewSigningKey()
 		if err != nil {
 			return nil, nil, err
 		}
-		w, err := k.unlessThere(ctx, secret(m.Name, mesh.DataplaneSigningKeyPrefix(m.Name)+"1", key))
+		w, err := k.unlessThere(ctx, secret(m.Name, token.KeyName(token.DataplaneKeyPrefix(m.Name), 1), key))
 		if err != nil {
 			return nil, nil, err
 		}
@@ -132,6 +134,40 @@ func (k *Keeper) unlessThere(ctx context.Context, r *resource.Resource) ([]store
 	}
 }
 
+// admin makes the key that signs users' tokens, where there is none, and the
+// administrator's token.
+func (k *Keeper) admin(all []*resource.Resource, there []string) ([]store.Write, error) {
+	var writes []store.Write
+	name, serial, ok := token.Latest(token.UserKeyPrefix, there)
+	var pem []byte
+	if ok {
+		pem = mesh.GlobalSecrets.From(all[slices.Index(there, name)]).Spec.Data
+	} else {
+		var err error
+		if pem, err = token.NewSigningKey(); err != nil {
+			return nil, err
+		}
+		serial = 1
+		writes = append(writes, store.Create(mesh.GlobalSecrets.Make("", token.KeyName(token.UserKeyPrefix, serial), &mesh.SecretSpec{Data: pem})))
+	}
+	if !k.cfg.AdminToken || slices.Contains(there, mesh.AdminUserToken) {
+		return writes, nil
+	}
+	key, err := token.ParseSigningKey(pem)
+	if err != nil {
+		return nil, fmt.Errorf("make the administrator's token with %s: %w", name, err)
+	}
+	signer, err := token.NewSigner(strconv.Itoa(serial), key)
+	if err != nil {
+		return nil, err
+	}
+	text, err := signer.User(token.UserClaims{Name: auth.AdminName, Groups: []string{auth.AdminGroup}}, token.DefaultValidity)
+	if err != nil {
+		return nil, err
+	}
+	return append(writes, store.Create(mesh.GlobalSecrets.Make("", mesh.AdminUserToken, &mesh.SecretSpec{Data: []byte(text)}))), nil
+}
+
 // Prepare makes what a control plane needs before it serves anyone: signing
 // keys where there are none at all, the administrator's token, this zone's
 // Zone, and, in a store that nothing was ever written to, the Mesh "default".
@@ -141,15 +177,9 @@ func (k *Keeper) Prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	first := func(prefix string) *resource.Resource {
-		i := slices.IndexFunc(all, func(r *resource.Resource) bool { return strings.HasPrefix(r.Name, prefix) })
-		if i < 0 {
-			return nil
-		}
-		return all[i]
-	}
-	there := func(name string) bool {
-		return slices.ContainsFunc(all, func(r *resource.Resource) bool { return r.Name == name })
+	var there []string
+	for _, r := range all {
+		there = append(there, r.Name)
 	}
 	var mu sync.Mutex
 	var writes []store.Write
@@ -160,34 +190,19 @@ func (k *Keeper) Prepare(ctx context.Context) error {
 	}
 	var g errgroup.Group // keys take a while: make them side by side
 	g.Go(func() error {
-		key := first(mesh.UserSigningKeyPrefix)
-		if key == nil {
-			pem, err := k.cfg.Tokens.SigningKey()
-			if err != nil {
-				return err
-			}
-			key = mesh.GlobalSecrets.Make("", mesh.UserSigningKeyPrefix+"1", &mesh.SecretSpec{Data: pem})
-			add(store.Create(key))
-		}
-		if !k.cfg.AdminToken || there(mesh.AdminUserToken) {
-			return nil
-		}
-		token, err := k.cfg.Tokens.AdminToken(mesh.GlobalSecrets.From(key).Spec.Data, strings.TrimPrefix(key.Name, mesh.UserSigningKeyPrefix))
-		if err != nil {
-			return fmt.Errorf("make the administrator's token: %w", err)
-		}
-		add(store.Create(mesh.GlobalSecrets.Make("", mesh.AdminUserToken, &mesh.SecretSpec{Data: []byte(token)})))
-		return nil
+		w, err := k.admin(all, there)
+		add(w...)
+		return err
 	})
 	g.Go(func() error {
-		if first(mesh.ZoneSigningKeyPrefix) != nil {
+		if _, _, ok := token.Latest(token.ZoneKeyPrefix, there); ok {
 			return nil
 		}
-		pem, err := k.cfg.Tokens.SigningKey()
+		pem, err := token.NewSigningKey()
 		if err != nil {
 			return err
 		}
-		add(store.Create(mesh.GlobalSecrets.Make("", mesh.ZoneSigningKeyPrefix+"1", &mesh.SecretSpec{Data: pem})))
+		add(store.Create(mesh.GlobalSecrets.Make("", token.KeyName(token.ZoneKeyPrefix, 1), &mesh.SecretSpec{Data: pem})))
 		return nil
 	})
 	g.Go(func() error {

@@ -32,19 +32,9 @@ type Config struct {
 	RoutingResources bool
 	// AdminToken: keep a token for the first administrator in a GlobalSecret.
 	AdminToken bool
-	Tokens     Tokens
 	// Authority makes the secrets of a builtin authority (certificate and key, PEM).
 	Authority func(mesh string, b *mesh.Backend) (cert, key []byte, err error)
 	Log       *slog.Logger
-}
-
-// Tokens makes keys and the administrator's token.
-type Tokens interface {
-	// SigningKey returns a new signing key, PEM.
-	SigningKey() ([]byte, error)
-	// AdminToken returns a token for the administrator, signed with the key
-	// whose serial number is serial.
-	AdminToken(key []byte, serial string) (string, error)
 }
 
 // Keeper does the upkeep. Prepare is called once before anything is served;
