@@ -99,7 +99,10 @@ func (a *app) apply(ctx context.Context, files, pairs []string, dryRun bool) err
 	if err != nil {
 		return err
 	}
-	server := c.greet(ctx)
+	server, unknown := c.index(ctx)
+	if unknown == nil {
+		c.fits(server)
+	}
 	if unknownKind(docs, kinds) {
 		served, err := c.served(ctx)
 		if err != nil {
@@ -111,6 +114,9 @@ func (a *app) apply(ctx context.Context, files, pairs []string, dryRun bool) err
 	list, err := a.check(docs, kinds, other)
 	if err != nil {
 		return err
+	}
+	if unknown != nil {
+		return unknown
 	}
 	if server.DryRun {
 		if err := c.try(ctx, list); err != nil {
@@ -155,6 +161,10 @@ func (a *app) check(docs []document, kinds Index, otherVersion bool) ([]manifest
 		failed = true
 		fmt.Fprintf(a.stderr, "resource[%d]: failed to parse resource: %s: %s\n", d.index, d.at(), fmt.Sprintf(format, args...))
 	}
+	wrong := func(d document, f finding) {
+		failed = true
+		fmt.Fprintf(a.stderr, "resource[%d]: failed to parse resource: %s line %d: %s\n", d.index, d.source, d.lineOf(f.path), f)
+	}
 	first := map[string]document{}
 	for _, d := range docs {
 		tree, err := d.parse()
@@ -172,7 +182,7 @@ func (a *app) check(docs []document, kinds Index, otherVersion bool) ([]manifest
 				a.warn("resource[%d]: %s: %s (the control plane has another version and may know it)", d.index, d.at(), f)
 				continue
 			}
-			fail(d, "%s", f)
+			wrong(d, f)
 		}
 		m := manifest{document: d, kind: k, tree: tree}
 		m.name, _ = tree["name"].(string)

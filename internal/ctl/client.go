@@ -263,21 +263,27 @@ func (c *client) index(ctx context.Context) (index, error) {
 }
 
 // greet asks who the control plane is and warns where it does not fit this
-// program. That it can't be reached is only a warning too: the command itself
-// will say so.
-func (c *client) greet(ctx context.Context) index {
+// program. No answer is no reason to warn: the command itself will say so.
+func (c *client) greet(ctx context.Context) {
 	i, err := c.index(ctx)
-	if err != nil {
-		c.app.warn("unable to check the version of the control plane: %s", firstLine(err.Error()))
-		return i
+	if err == nil {
+		c.fits(i)
+		return
 	}
+	c.app.log.Debug("the control plane's index can't be had", "error", err)
+	if _, none := errors.AsType[*unreachable](err); !none {
+		c.app.warn("unable to check the version of the control plane: %s", firstLine(err.Error()))
+	}
+}
+
+// fits warns where the control plane does not fit this program.
+func (c *client) fits(i index) {
 	if i.Product != product {
 		c.app.warn("the control plane at %s is a %q, this is kumactl of %q", c.base, i.Product, product)
 	}
 	if v := clientVersion(); !compatible(v, i.Version) {
 		c.app.warn("the control plane has version %s, which this kumactl (%s) may not understand; use a kumactl at most two minor versions apart", i.Version, v)
 	}
-	return i
 }
 
 // json asks and decodes the answer.

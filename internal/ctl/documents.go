@@ -48,6 +48,27 @@ type document struct {
 // at says where the document is.
 func (d document) at() string { return fmt.Sprintf("%s line %d", d.source, d.line) }
 
+// lineOf is the line of a field where the document has one line with such a
+// key, else the line at which the document starts.
+func (d document) lineOf(path string) int {
+	key := path[strings.LastIndexByte(path, '.')+1:]
+	key, _, _ = strings.Cut(key, "[")
+	found, n := d.line, 0
+	line := d.line
+	for l := range bytes.Lines(d.raw) {
+		text := strings.TrimLeft(string(l), " \t-{")
+		text = strings.TrimPrefix(text, `"`)
+		if rest, ok := strings.CutPrefix(text, key); ok && key != "" && strings.HasPrefix(strings.TrimPrefix(rest, `"`), ":") {
+			found, n = line, n+1
+		}
+		line++
+	}
+	if n != 1 {
+		return d.line
+	}
+	return found
+}
+
 // input is one text that holds documents.
 type input struct {
 	source string

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"kuma/internal/errs"
+	"kuma/internal/names"
 )
 
 // kindsJSON is the index of the kinds that this version knows, generated from
@@ -193,9 +194,9 @@ func (c *client) kind(ctx context.Context, word string) (*Kind, error) {
 
 // allowed names the nearest word, and all of them.
 func allowed(word string, all []string) string {
-	s := ". Allowed values: " + strings.Join(all, ", ")
-	if n := nearest(word, all); n != "" {
-		s = fmt.Sprintf("; did you mean %q?", n) + s
+	s := ""
+	if n := names.Nearest(word, all); n != "" {
+		s = fmt.Sprintf(" (did you mean %q?)", n)
 	}
-	return s
+	return s + ". Allowed values: " + strings.Join(all, ", ")
 }

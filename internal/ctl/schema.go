@@ -101,7 +101,7 @@ func (k *Kind) check(doc map[string]any) []finding {
 		case nil:
 			c.add("mesh", "cannot be empty", false)
 		default:
-			c.add("mesh", "must be a string, not "+show(m), false)
+			c.add("mesh", "must be a string, not "+show(m)+quotes(m), false)
 		}
 	}
 	if l, ok := doc["labels"]; ok {
@@ -163,7 +163,7 @@ func (c *checker) name(doc map[string]any) {
 			c.add("name", fmt.Sprintf("%s must be at most 253 lower-case letters, digits, '-' or '.', and start and end with a letter or digit", show(n)), false)
 		}
 	default:
-		c.add("name", "must be a string, not "+show(n)+"; put it in quotes", false)
+		c.add("name", "must be a string, not "+show(n)+quotes(n), false)
 	}
 }
 
@@ -177,7 +177,11 @@ func (c *checker) check(path string, v any, s *Schema, depth int) {
 		return
 	}
 	if len(s.Type) > 0 && !slices.ContainsFunc(s.Type, func(t string) bool { return c.isA(v, t) }) {
-		c.add(path, "must be "+wanted(s.Type)+", not "+show(v), false)
+		m := "must be " + wanted(s.Type) + ", not " + show(v)
+		if slices.Contains(s.Type, "string") {
+			m += quotes(v)
+		}
+		c.add(path, m, false)
 		return
 	}
 	if len(s.Enum) > 0 && !slices.ContainsFunc(s.Enum, func(e any) bool { return fmt.Sprint(e) == fmt.Sprint(v) }) {
@@ -270,6 +274,17 @@ func wanted(types []string) string {
 	return strings.Join(out, " or ")
 }
 
+// quotes is the advice for a value that YAML did not take as a string.
+func quotes(v any) string {
+	switch v.(type) {
+	case bool:
+		return "; put it in quotes (YAML takes yes, no, on and off for true and false)"
+	case json.Number:
+		return "; put it in quotes"
+	}
+	return ""
+}
+
 // show writes a value of the user's for a message.
 func show(v any) string {
 	switch v := v.(type) {
@@ -301,5 +316,3 @@ func join(path, name string) string {
 	}
 	return path + "." + name
 }
-
-func nearest(word string, all []string) string { return names.Nearest(word, all) }

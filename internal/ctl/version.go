@@ -38,10 +38,12 @@ func (a *app) version(ctx context.Context, detailed bool) error {
 		a.warn("unable to connect to a control plane: %s", firstLine(err.Error()))
 		return nil
 	}
-	i := c.greet(ctx)
-	if i.Product == "" {
+	i, err := c.index(ctx)
+	if err != nil {
+		a.warn("unable to connect to the control plane: %s", firstLine(err.Error()))
 		return nil
 	}
+	c.fits(i)
 	based := ""
 	if i.BasedOn != "" {
 		based = " (based on Kuma " + i.BasedOn + ")"
