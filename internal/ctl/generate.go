@@ -6,6 +6,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"io/fs"
 	"net/http"
 	"slices"
 	"strings"
@@ -14,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"kuma/internal/errs"
+	"kuma/internal/pki"
 	"kuma/internal/token"
 )
 
@@ -24,7 +26,63 @@ func (a *app) generateCommand() *cobra.Command {
 		a.userTokenCommand(),
 		a.signingKeyCommand(),
 		a.publicKeyCommand(),
+		a.tlsCertificateCommand(),
 	)
+}
+
+func (a *app) tlsCertificateCommand() *cobra.Command {
+	var kind, keyType, certFile, keyFile string
+	var hosts []string
+	c := &cobra.Command{
+		Use:   "tls-certificate",
+		Short: "Make a certificate and its key for a server or a client",
+		Long: "Make a certificate and its key for a server or a client.\n\nThe certificate is its own authority and valid for ten years: " +
+			"give the same file to those who verify it as their CA.",
+		Example: "  kumactl generate tls-certificate --type server --hostname cp.example,10.0.0.1 --cert-file tls.crt --key-file tls.key",
+		Args:    cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			cert, key, err := pki.GenerateTLS(kind, hosts, keyType)
+			if err != nil {
+				return err
+			}
+			return a.savePair(certFile, keyFile, cert, key)
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&kind, "type", "", "who will show it: server or client (required)")
+	f.StringSliceVar(&hosts, "hostname", nil, "host name or IP address that it is for; may be repeated (required)")
+	f.StringVar(&certFile, "cert-file", "cert.pem", "file for the certificate, - for standard output")
+	f.StringVar(&keyFile, "key-file", "key.pem", "file for the private key, - for standard output")
+	f.StringVar(&keyType, "key-type", "rsa", "sort of key: rsa (2048 bits) or ecdsa (P-256)")
+	must(c.MarkFlagRequired("type"))
+	must(c.MarkFlagRequired("hostname"))
+	return c
+}
+
+// savePair writes a key and then its certificate.
+func (a *app) savePair(certFile, keyFile string, cert, key []byte) error {
+	if certFile == "" || keyFile == "" || certFile == keyFile && certFile != "-" {
+		return errs.New(errs.Invalid, "--cert-file and --key-file must name two files, or - for standard output")
+	}
+	for _, f := range []struct {
+		path    string
+		content []byte
+		mode    fs.FileMode
+	}{{keyFile, key, 0o400}, {certFile, cert, 0o600}} {
+		if f.path == "-" {
+			if err := a.write(f.content); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := replaceFile(f.path, f.content, f.mode); err != nil {
+			return fmt.Errorf("save %s: %w", f.path, err)
+		}
+	}
+	if certFile == "-" || keyFile == "-" {
+		return nil
+	}
+	return a.print("Private key saved in %s\nCertificate saved in %s\n", keyFile, certFile)
 }
 
 // tokenFlags are those that all tokens have.
@@ -106,6 +164,9 @@ func (a *app) dataplaneTokenCommand() *cobra.Command {
 			if err := t.check(); err != nil {
 				return err
 			}
+			if c.Flags().Changed("type") {
+				a.warn("--type is deprecated; use --proxy-type")
+			}
 			if !slices.Contains([]string{"", "dataplane", "ingress", "egress"}, proxyType) {
 				return errs.New(errs.Invalid, "--proxy-type %q: must be dataplane, ingress or egress", proxyType)
 			}
@@ -131,8 +192,10 @@ func (a *app) dataplaneTokenCommand() *cobra.Command {
 	f.StringVar(&name, "name", "", "name of the Dataplane; without it the token fits any name")
 	f.StringVarP(&meshName, "mesh", "m", "", `mesh of the Dataplane (default the context's, or "default")`)
 	f.StringVar(&proxyType, "proxy-type", "", "sort of proxy: dataplane, ingress or egress")
-	f.StringVar(&proxyType, "type", "", "sort of proxy")
-	must(f.MarkDeprecated("type", "use --proxy-type"))
+	f.StringVar(&proxyType, "type", "", "older name of --proxy-type")
+	// Not MarkDeprecated: that would say so on standard output, which is the
+	// token's alone.
+	must(f.MarkHidden("type"))
 	f.StringArrayVar(&tagPairs, "tag", nil, "tag KEY=VALUE[,VALUE] that the Dataplane must have; may be repeated")
 	f.StringVar(&workload, "workload", "", "the Dataplane's kuma.io/workload label")
 	t.add(c)
