@@ -93,9 +93,7 @@ func Open(c Config) (*Store, error) {
 		return s, nil
 	}
 	if s.file != nil {
-		// Not through bbolt: what it found may have left it in no state to be
-		// closed. This gives the lock back.
-		s.file.Close()
+		s.abandon()
 	}
 	if _, ok := errors.AsType[*errs.Error](err); ok {
 		return nil, err
@@ -232,6 +230,12 @@ func guard(f func() error, damaged func(error) error) (err error) {
 		}
 	}()
 	return f()
+}
+
+// abandon gives the file back without bbolt, which may wait for ever for what a
+// panic left behind. It may have the file mapped, so closing would not unlock.
+func (s *Store) abandon() error {
+	return errors.Join(syscall.Flock(int(s.file.Fd()), syscall.LOCK_UN), s.file.Close())
 }
 
 // Put is store.Store's. What can't be written now, because the disk is full,
@@ -396,15 +400,18 @@ func (s *Store) prepare(plan *store.Plan, now time.Time, writes []store.Write) (
 func (s *Store) Close() error {
 	s.turn <- struct{}{}
 	defer func() { <-s.turn }()
-	closed := errs.New(errs.Unavailable, "the store file %s is closed: the control plane is stopping", s.path)
+	closed := errs.New(errs.Unavailable, "the control plane is stopping: store %s: %w", s.path, os.ErrClosed)
 	s.End(closed)
-	if s.broken != nil {
-		// bbolt may wait for ever for what a panic left behind.
-		s.broken = closed
-		return s.file.Close()
-	}
+	was := s.broken
 	s.broken = closed
-	return s.db.Close()
+	switch {
+	case was == nil:
+		return s.db.Close()
+	case errors.Is(was, os.ErrClosed):
+		return nil
+	default:
+		return s.abandon()
+	}
 }
 
 // hint says what to do about an error of the file system.

@@ -1,0 +1,123 @@
+package boltstore_test
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"kuma/internal/errs"
+	"kuma/internal/store"
+)
+
+// TestDamage changes a file in many ways. Each must be noticed when the file is
+// opened, or be of no consequence: never a crash, never other data.
+func TestDamage(t *testing.T) {
+	for _, size := range []int{3, 200} {
+		t.Run(fmt.Sprint(size, " resources"), func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			path := filepath.Join(dir, "kuma.db")
+			s := open(t, path)
+			for i := range size {
+				put(t, s, store.Set(fruit(fmt.Sprint(i), i%50*100)))
+			}
+			for i := range size / 3 {
+				put(t, s, store.Remove(fruit(fmt.Sprint(i*3), 0).Key()))
+			}
+			want, revision := content(t, s)
+			s.Close()
+			good, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			try := func(what string, bad []byte) (noticed bool) {
+				t.Helper()
+				if err := os.WriteFile(path, bad, 0o600); err != nil {
+					t.Fatal(err)
+				}
+				s, err := tryOpen(path)
+				if err != nil {
+					says(t, err, errs.Internal, path, "is damaged", "backup")
+					after, _ := os.ReadFile(path)
+					if string(after) != string(bad) {
+						t.Errorf("%s: the damaged file was changed", what)
+					}
+					return true
+				}
+				defer s.Close()
+				if got, at := content(t, s); at != revision {
+					// A header page that is not valid means the state before.
+					if at != revision-1 {
+						t.Fatalf("%s: %d resources at revision %d, want %d at %d", what, len(got), at, len(want), revision)
+					}
+					return false
+				}
+				same(t, s, want, revision)
+				// And what follows must be as good.
+				put(t, s, store.Set(fruit("new", 5000)), store.Set(fruit("1", 10)))
+				after, next := content(t, s)
+				s.Close()
+				s, err = tryOpen(path)
+				if err != nil {
+					t.Fatalf("%s: opened, written, and then: %v", what, err)
+				}
+				defer s.Close()
+				same(t, s, after, next)
+				return false
+			}
+			if try("nothing", good) {
+				t.Fatal("the good file was refused")
+			}
+			for _, n := range []int{1, 15, 16, 79, 100, 4096, 5000, 8191, 8192, 12288, 16383, len(good) / 2} {
+				if !try(fmt.Sprint("cut off at ", n), good[:n]) {
+					if n < len(good)/2 {
+						t.Errorf("cut off at %d: not noticed", n)
+					}
+				}
+			}
+			random := rand.New(rand.NewPCG(1, uint64(size)))
+			changed := func(f func(b []byte)) []byte {
+				b := append([]byte(nil), good...)
+				f(b)
+				return b
+			}
+			rounds, noticed := 150, 0
+			if testing.Short() {
+				rounds = 30
+			}
+			for i := range rounds {
+				// Half of them where it hurts most: headers of pages and elements.
+				at := random.IntN(len(good))
+				if i%2 == 0 {
+					at = at&^4095 + random.IntN(64)
+				}
+				bit := byte(1) << random.IntN(8)
+				if try(fmt.Sprintf("bit %#x of byte %d", bit, at), changed(func(b []byte) { b[at] ^= bit })) {
+					noticed++
+				}
+			}
+			for i := range rounds / 4 {
+				from, to := random.IntN(len(good))&^4095, random.IntN(len(good))&^4095
+				if try(fmt.Sprint("page zeroed ", from), changed(func(b []byte) { clear(b[from : from+4096]) })) {
+					noticed++
+				}
+				if try(fmt.Sprint("page ", from, " written to ", to), changed(func(b []byte) { copy(b[to:to+4096], good[from:]) })) {
+					noticed++
+				}
+				if try(fmt.Sprint("noise from ", from), changed(func(b []byte) {
+					for j := range 256 {
+						b[from+j*(1+i%3)] = byte(random.Uint32())
+					}
+				})) {
+					noticed++
+				}
+			}
+			if noticed < rounds/10 {
+				t.Errorf("only %d of the changes were noticed", noticed)
+			}
+			t.Logf("file of %d bytes: %d changes noticed", len(good), noticed)
+		})
+	}
+}
