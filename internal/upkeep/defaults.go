@@ -39,23 +39,23 @@ var initials = []initial{
 // signing key and initial policies, and, whenever a builtin backend is
 // declared whose secrets are not there, those. The policies are made once: one
 // that a user deletes stays deleted.
-func (k *Keeper) Complete(ctx context.Context, m, old *resource.Resource) ([]store.Write, []errs.Field, error) {
+func (k *Keeper) Complete(ctx context.Context, m, old *resource.Resource) ([]store.Write, error) {
 	spec := mesh.Meshes.From(m).Spec
 	var writes []store.Write
 	if old == nil {
 		key, err := token.NewSigningKey()
 		if err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 		w, err := k.unlessThere(ctx, secret(m.Name, token.KeyName(token.DataplaneKeyPrefix(m.Name), 1), key))
 		if err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 		writes = append(writes, w...)
 		for _, d := range initials {
 			r, err := k.initial(d, m.Name, spec)
 			if err != nil {
-				return nil, nil, err
+				return nil, err
 			}
 			if r != nil {
 				writes = append(writes, store.Set(r))
@@ -63,7 +63,7 @@ func (k *Keeper) Complete(ctx context.Context, m, old *resource.Resource) ([]sto
 		}
 	}
 	if spec.MTLS == nil {
-		return writes, nil, nil
+		return writes, nil
 	}
 	var bad []errs.Field
 	for i := range spec.MTLS.Backends {
@@ -79,7 +79,7 @@ func (k *Keeper) Complete(ctx context.Context, m, old *resource.Resource) ([]sto
 		}
 		for _, err := range []error{errCert, errKey} {
 			if err != nil && !errs.Is(err, errs.NotFound) {
-				return nil, nil, err
+				return nil, err
 			}
 		}
 		cert, key, err := k.cfg.Authority(m.Name, b)
@@ -88,13 +88,13 @@ func (k *Keeper) Complete(ctx context.Context, m, old *resource.Resource) ([]sto
 			continue
 		}
 		if err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 		writes = append(writes,
 			store.Set(secret(m.Name, mesh.BuiltinCertSecret(m.Name, b.Name), cert)),
 			store.Set(secret(m.Name, mesh.BuiltinKeySecret(m.Name, b.Name), key)))
 	}
-	return writes, bad, nil
+	return writes, errs.Fields(bad...)
 }
 
 // initial makes one default policy of a mesh, or nil where it is not wanted.
@@ -213,7 +213,7 @@ func (k *Keeper) Prepare(ctx context.Context) error {
 	if revision == 0 && !k.cfg.SkipMesh {
 		g.Go(func() error {
 			m := mesh.Meshes.Make("", "default", &mesh.MeshSpec{})
-			w, _, err := k.Complete(ctx, m, nil)
+			w, err := k.Complete(ctx, m, nil)
 			add(append([]store.Write{store.Create(m)}, w...)...)
 			return err
 		})
