@@ -316,3 +316,14 @@ func FuzzDocuments(f *testing.F) {
 		}
 	})
 }
+
+func FuzzRender(f *testing.F) {
+	f.Add("{{ a }}{{{ b.c }}}{{#a}}x{{/a}}{{^a}}y{{/a}}{{! c }}{{=<% %>=}}<% a %>")
+	f.Add("{{> p }}{{#a.b}}{{/a.b}}")
+	f.Fuzz(func(t *testing.T, text string) {
+		out, err := render(input{"x", []byte(text)}, map[string]string{"a": "1", "b.c": "{{ a }}"})
+		if err == nil && len(out.text) > maxInput {
+			t.Fatal("the limit does not hold")
+		}
+	})
+}
