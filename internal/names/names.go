@@ -105,6 +105,15 @@ func HashSNI(name, mesh string, port uint32, suffix string, tags map[string]stri
 // "spiffe://<mesh>/<service>".
 func SPIFFE(mesh, service string) string { return "spiffe://" + mesh + "/" + service }
 
+// Tag is the name that a certificate under classic mTLS has for a tag:
+// "kuma://<tag>/<value>", and the SPIFFE id for kuma.io/service.
+func Tag(mesh, tag, value string) string {
+	if tag == "kuma.io/service" {
+		return SPIFFE(mesh, value)
+	}
+	return "kuma://" + tag + "/" + value
+}
+
 // hostPort writes IPv6 addresses in brackets.
 func hostPort(address string, port uint32) string {
 	return net.JoinHostPort(strings.Trim(address, "[]"), strconv.Itoa(int(port)))

@@ -124,6 +124,8 @@ type Mesh struct {
 	services *serviceIndex
 	// tls is shared by all in which Dataplanes and insights are.
 	tls *tlsIndex
+	// memo is this picture's alone, for a mesh in which anything changed.
+	memo *memo
 }
 
 // kindSet holds a mesh's resources of one kind and, once asked for, their
@@ -177,6 +179,7 @@ type Endpoint struct {
 type serviceIndex struct {
 	once      sync.Once
 	endpoints map[string][]Endpoint
+	memo      memo
 }
 
 // Endpoints returns the inbounds whose kuma.io/service is this one, ready or
@@ -356,7 +359,7 @@ func (p *Picture) own(name string, copied map[string]bool) *Mesh {
 		return p.meshes[name]
 	}
 	copied[name] = true
-	m := &Mesh{Name: name, kinds: map[string]*kindSet{}, services: new(serviceIndex), tls: new(tlsIndex)}
+	m := &Mesh{Name: name, kinds: map[string]*kindSet{}, services: new(serviceIndex), tls: new(tlsIndex), memo: new(memo)}
 	if old := p.meshes[name]; old != nil {
 		m.Spec, m.Resource, m.kinds, m.services, m.tls = old.Spec, old.Resource, maps.Clone(old.kinds), old.services, old.tls
 	}
