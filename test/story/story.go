@@ -52,6 +52,9 @@ func (s *Story) ControlPlane() *lab.ControlPlane { return s.cp }
 // Proxy is a proxy of the story.
 func (s *Story) Proxy(name string) *lab.Proxy { return s.proxies[name] }
 
+// InboundPort is where other proxies reach a service.
+func (s *Story) InboundPort(name string) int { return s.in[name] }
+
 // LocalPort is where a service listens, beside its proxy.
 func (s *Story) LocalPort(name string) int { return s.local[name] }
 

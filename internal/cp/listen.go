@@ -1,0 +1,201 @@
+package cp
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+
+	"kuma/internal/errs"
+)
+
+// listen opens a TCP port. A peer that vanishes without a word is noticed after
+// 8 s: an idle connection is probed after 5 s, three times, a second apart
+// (envoy.md 9.2); this costs nothing while traffic flows.
+func listen(what, setting, host string, port uint32) (net.Listener, error) {
+	lc := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interval: time.Second, Count: 3}}
+	l, err := lc.Listen(context.Background(), "tcp", net.JoinHostPort(host, fmt.Sprint(port)))
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return nil, errs.New(errs.Unavailable, "%s can't listen on port %d: another program does (another control plane?); end it, or choose another port with %s", what, port, setting)
+	}
+	if err != nil {
+		return nil, errs.New(errs.Unavailable, "%s can't listen: %w; see %s", what, err, setting)
+	}
+	return l, nil
+}
+
+// tlsVersions are the contract's names.
+var tlsVersions = map[string]uint16{"": 0, "TLSv1_2": tls.VersionTLS12, "TLSv1_3": tls.VersionTLS13}
+
+// serverTLS is the TLS configuration of all servers.
+func serverTLS(g General, certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)) (*tls.Config, error) {
+	c := &tls.Config{GetCertificate: certificate}
+	for _, v := range []struct {
+		key, name string
+		into      *uint16
+	}{{"general.tlsMinVersion", g.TLSMinVersion, &c.MinVersion}, {"general.tlsMaxVersion", g.TLSMaxVersion, &c.MaxVersion}} {
+		version, ok := tlsVersions[v.name]
+		if !ok {
+			return nil, errs.New(errs.Invalid, "%s: unsupported tls version: %s supported versions:[TLSv1_2 TLSv1_3]", v.key, v.name)
+		}
+		*v.into = version
+	}
+	if c.MinVersion == 0 {
+		c.MinVersion = tls.VersionTLS12
+	}
+	if c.MaxVersion != 0 && c.MaxVersion < c.MinVersion {
+		return nil, errs.New(errs.Invalid, "general.tlsMaxVersion: %s is older than general.tlsMinVersion: %s", g.TLSMaxVersion, g.TLSMinVersion)
+	}
+	for _, name := range g.TLSCipherSuites {
+		i := slices.IndexFunc(tls.CipherSuites(), func(s *tls.CipherSuite) bool { return s.Name == name })
+		if i < 0 {
+			return nil, errs.New(errs.Invalid, "general.tlsCipherSuites: %q is not a secure cipher suite by Go's name, such as TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256", name)
+		}
+		c.CipherSuites = append(c.CipherSuites, tls.CipherSuites()[i].ID)
+	}
+	return c, nil
+}
+
+// handshakeTimeout bounds how long a client of the proxies' port may take to
+// say what it is.
+const handshakeTimeout = 10 * time.Second
+
+// maxHandshakes bounds how many clients may be at it at once.
+const maxHandshakes = 4096
+
+// splitter serves gRPC and HTTP/1.1 over TLS on one port. Which of them a
+// client wants shows in the handshake: gRPC clients offer "h2" alone or nothing,
+// HTTP clients offer "http/1.1" too, and are given that. It is simpler and, for
+// a thousand streams, much cheaper than one HTTP/2 server for both.
+type splitter struct {
+	net.Listener
+	tls        *tls.Config
+	grpc, http *branch
+	slots      chan struct{}
+}
+
+func newSplitter(l net.Listener, c *tls.Config) *splitter {
+	s := &splitter{Listener: l, slots: make(chan struct{}, maxHandshakes)}
+	s.grpc = &branch{addr: l.Addr(), conns: make(chan net.Conn), done: make(chan struct{})}
+	s.http = &branch{addr: l.Addr(), conns: make(chan net.Conn), done: make(chan struct{})}
+	forHTTP := c.Clone()
+	forHTTP.NextProtos = []string{"http/1.1"}
+	forGRPC := c.Clone()
+	forGRPC.NextProtos = []string{"h2"}
+	s.tls = c.Clone()
+	s.tls.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+		if slices.Contains(hello.SupportedProtos, "http/1.1") {
+			return forHTTP, nil
+		}
+		return forGRPC, nil
+	}
+	return s
+}
+
+// run accepts connections until the listener is closed.
+func (s *splitter) run() error {
+	defer s.grpc.Close()
+	defer s.http.Close()
+	for {
+		c, err := s.Accept()
+		if errors.Is(err, net.ErrClosed) {
+			return nil
+		}
+		if err != nil {
+			// Out of file descriptors, most likely: what is open goes on.
+			time.Sleep(50 * time.Millisecond)
+			continue
+		}
+		s.slots <- struct{}{}
+		go func() {
+			defer func() { <-s.slots }()
+			s.sort(c)
+		}()
+	}
+}
+
+func (s *splitter) sort(raw net.Conn) {
+	c := tls.Server(raw, s.tls)
+	_ = raw.SetDeadline(time.Now().Add(handshakeTimeout))
+	if c.Handshake() != nil {
+		_ = raw.Close()
+		return
+	}
+	to := s.grpc
+	var conn net.Conn = c
+	switch c.ConnectionState().NegotiatedProtocol {
+	case "http/1.1":
+		to = s.http
+	case "":
+		// No protocol was agreed on: HTTP/2 begins with "PRI".
+		p := &peeked{Conn: c, r: bufio.NewReaderSize(c, 512)}
+		start, err := p.r.Peek(3)
+		if err != nil {
+			_ = raw.Close()
+			return
+		}
+		if conn = p; string(start) != "PRI" {
+			to = s.http
+		}
+	}
+	_ = raw.SetDeadline(time.Time{})
+	to.give(conn)
+}
+
+// peeked is a connection whose first bytes were looked at.
+type peeked struct {
+	net.Conn
+	r *bufio.Reader
+}
+
+// Read reads what was looked at first.
+func (p *peeked) Read(b []byte) (int, error) {
+	if p.r != nil {
+		if p.r.Buffered() > 0 {
+			return p.r.Read(b)
+		}
+		p.r = nil
+	}
+	return p.Conn.Read(b)
+}
+
+// branch is a listener for one sort of client.
+type branch struct {
+	addr  net.Addr
+	conns chan net.Conn
+	once  sync.Once
+	done  chan struct{}
+}
+
+func (b *branch) give(c net.Conn) {
+	select {
+	case b.conns <- c:
+	case <-b.done:
+		_ = c.Close()
+	}
+}
+
+// Accept returns the next connection.
+func (b *branch) Accept() (net.Conn, error) {
+	select {
+	case c := <-b.conns:
+		return c, nil
+	case <-b.done:
+		return nil, net.ErrClosed
+	}
+}
+
+// Close ends Accept.
+func (b *branch) Close() error {
+	b.once.Do(func() { close(b.done) })
+	return nil
+}
+
+// Addr is the port's address.
+func (b *branch) Addr() net.Addr { return b.addr }
