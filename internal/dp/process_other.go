@@ -1,0 +1,9 @@
+//go:build !linux
+
+package dp
+
+import "syscall"
+
+// childAttributes puts Envoy into a process group of its own, so that a signal
+// from the terminal reaches kuma-dp alone.
+func childAttributes() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setpgid: true} }
