@@ -159,11 +159,11 @@ func (a *app) check(docs []document, kinds Index, otherVersion bool) ([]manifest
 	failed := false
 	fail := func(d document, format string, args ...any) {
 		failed = true
-		fmt.Fprintf(a.stderr, "resource[%d]: failed to parse resource: %s: %s\n", d.index, d.at(), fmt.Sprintf(format, args...))
+		a.tell("resource[%d]: failed to parse resource: %s: %s", d.index, d.at(), fmt.Sprintf(format, args...))
 	}
 	wrong := func(d document, f finding) {
 		failed = true
-		fmt.Fprintf(a.stderr, "resource[%d]: failed to parse resource: %s line %d: %s\n", d.index, d.source, d.lineOf(f.path), f)
+		a.tell("resource[%d]: failed to parse resource: %s line %d: %s", d.index, d.source, d.lineOf(f.path), f)
 	}
 	first := map[string]document{}
 	for _, d := range docs {
@@ -270,7 +270,7 @@ func (c *client) try(ctx context.Context, list []manifest) error {
 			return err
 		}
 		failed++
-		fmt.Fprintf(c.app.stderr, "resource[%d]: %s: %s: failed server side: %s\n", m.index, m.at(), m, c.explain(err, m.kind))
+		c.app.tell("resource[%d]: %s: %s: failed server side: %s", m.index, m.at(), m, c.explain(err, m.kind))
 	}
 	if failed > 0 {
 		return errs.New(errs.Invalid, "failed to validate some resources (%d of %d); nothing was changed", failed, len(list))

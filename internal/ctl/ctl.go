@@ -48,7 +48,7 @@ func Main(args []string, stdin io.Reader, stdout, stderr io.Writer, env func(str
 		if ctx.Err() != nil {
 			err = errors.New("interrupted")
 		}
-		fmt.Fprintln(stderr, "Error: "+err.Error())
+		fmt.Fprintln(stderr, "Error: "+visible(err.Error()))
 		return 1
 	}
 	return 0
@@ -83,7 +83,6 @@ func (a *app) root() *cobra.Command {
 		},
 	}
 	c.CompletionOptions.DisableDefaultCmd = true
-	c.SetHelpCommand(&cobra.Command{Use: "no-help", Hidden: true})
 	f := c.PersistentFlags()
 	f.DurationVar(&a.timeout, "api-timeout", defaultTimeout, "longest time to wait for one answer of the control plane, 0 for no limit")
 	f.StringVar(&a.configFile, "config-file", "", "path to the configuration file (default ~/.kumactl/config)")
@@ -155,7 +154,12 @@ func (a *app) startLog() error {
 
 // warn writes one warning for people to standard error.
 func (a *app) warn(format string, args ...any) {
-	fmt.Fprintf(a.stderr, "Warning: "+format+"\n", args...)
+	a.tell("Warning: "+format, args...)
+}
+
+// tell writes one line to standard error.
+func (a *app) tell(format string, args ...any) {
+	fmt.Fprintln(a.stderr, visible(fmt.Sprintf(format, args...)))
 }
 
 // print writes to standard output. A failure (a closed pipe, a full disk) is

@@ -107,13 +107,15 @@ func (a *app) readInputs(ctx context.Context, what string) ([]input, error) {
 		}
 	}
 	var out []input
-	total := int64(0)
+	total := 0
 	for _, f := range files {
-		raw, err := readLimited(f, maxInput-total)
+		raw, err := readLimited(f, maxInput)
 		if err != nil {
 			return nil, fmt.Errorf("read %s: %w", f, err)
 		}
-		total += int64(len(raw))
+		if total += len(raw); total > maxInput {
+			return nil, errs.New(errs.Invalid, "the files of %s are together larger than the limit of %d MiB", what, maxInput>>20)
+		}
 		out = append(out, input{f, raw})
 	}
 	return out, nil

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode"
 )
 
 // writeTable aligns columns, three spaces apart. Control characters in cells,
@@ -28,14 +29,24 @@ func writeTable(w io.Writer, rows [][]string) error {
 	return nil
 }
 
-// printable keeps text from moving the cursor of the terminal.
+// printable keeps text from a user or a server from moving the terminal's
+// cursor: control characters become spaces.
 func printable(s string) string {
 	return strings.Map(func(r rune) rune {
-		if r < ' ' || r >= 0x7f && r < 0xa0 {
+		if unicode.IsControl(r) {
 			return ' '
 		}
 		return r
 	}, s)
+}
+
+// visible is printable for text of several lines.
+func visible(s string) string {
+	lines := strings.Split(s, "\n")
+	for i, l := range lines {
+		lines[i] = printable(l)
+	}
+	return strings.Join(lines, "\n")
 }
 
 // since is an age in its short form: seconds, minutes, hours, days or years.

@@ -2,6 +2,7 @@ package ctl
 
 import (
 	"context"
+	"runtime/debug"
 	"strconv"
 	"strings"
 
@@ -90,6 +91,22 @@ func release(v string) (major, minor int, ok bool) {
 // buildInfo says how this program was built.
 type buildInfo struct{ Version, GitTag, GitCommit, BuildDate string }
 
-func build() buildInfo { return buildInfo{Version: "0.0.0-preview"} }
+// build reads what the Go tool wrote into this program.
+func build() buildInfo {
+	b := buildInfo{Version: "0.0.0-preview", GitTag: "unknown", GitCommit: "unknown", BuildDate: "unknown"}
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return b
+	}
+	for _, s := range info.Settings {
+		switch s.Key {
+		case "vcs.revision":
+			b.GitCommit = s.Value
+		case "vcs.time":
+			b.BuildDate = s.Value
+		}
+	}
+	return b
+}
 
 func clientVersion() string { return build().Version }
