@@ -22,7 +22,9 @@ name: m2
 `
 
 // dryRunIndex is that of a control plane which tries before it writes.
-const dryRunIndex = `{"product":"Kuma","version":"0.0.0-preview","dryRun":true}`
+func dryRunIndex() string {
+	return `{"product":"Kuma","version":"` + clientVersion() + `","dryRun":true}`
+}
 
 func TestApply(t *testing.T) {
 	t.Parallel()
@@ -74,7 +76,7 @@ func TestApply(t *testing.T) {
 func TestApplyTriesAllBeforeItWrites(t *testing.T) {
 	t.Parallel()
 	answers := map[string]answer{
-		"GET /":                       {200, dryRunIndex},
+		"GET /":                       {200, dryRunIndex()},
 		"PUT /meshes/m1":              {201, `{}`},
 		"PUT /meshes/m2":              {201, `{}`},
 		"PUT /meshes/m1?dry-run=true": {201, `{}`},
@@ -100,7 +102,7 @@ func TestApplyTriesWhatItCan(t *testing.T) {
 	t.Parallel()
 	missing := stdError(404, "Failed to retrieve Mesh", "Not found")
 	s := newServer(t, map[string]answer{
-		"GET /":                                    {200, dryRunIndex},
+		"GET /":                                    {200, dryRunIndex()},
 		"PUT /meshes/m1?dry-run=true":              {201, `{}`},
 		"PUT /meshes/m1/secrets/a?dry-run=true":    missing,
 		"PUT /meshes/other/secrets/b?dry-run=true": missing,

@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"kuma/internal/conf"
 	"kuma/internal/errs"
 )
 
@@ -278,8 +279,8 @@ func (c *client) greet(ctx context.Context) {
 
 // fits warns where the control plane does not fit this program.
 func (c *client) fits(i index) {
-	if i.Product != product {
-		c.app.warn("the control plane at %s is a %q, this is kumactl of %q", c.base, i.Product, product)
+	if i.Product != conf.Build().Product {
+		c.app.warn("the control plane at %s is a %q, this is kumactl of %q", c.base, i.Product, conf.Build().Product)
 	}
 	if v := clientVersion(); !compatible(v, i.Version) {
 		c.app.warn("the control plane has version %s, which this kumactl (%s) may not understand; use a kumactl at most two minor versions apart", i.Version, v)

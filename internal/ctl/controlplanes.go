@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 	"sigs.k8s.io/yaml"
 
+	"kuma/internal/conf"
 	"kuma/internal/errs"
 )
 
@@ -159,8 +160,8 @@ func (a *app) reach(ctx context.Context, cp controlPlane) error {
 	if err != nil {
 		return fmt.Errorf("could not connect to the Control Plane API Server: %w\n  --skip-check adds it all the same", err)
 	}
-	if i.Product != product {
-		return errs.New(errs.Invalid, "this kumactl is for %q, but %s is a control plane of %q", product, c.base, i.Product)
+	if i.Product != conf.Build().Product {
+		return errs.New(errs.Invalid, "this kumactl is for %q, but %s is a control plane of %q", conf.Build().Product, c.base, i.Product)
 	}
 	return nil
 }

@@ -26,7 +26,6 @@ import (
 )
 
 const (
-	product        = "Kuma"
 	defaultMesh    = "default"
 	defaultTimeout = time.Minute
 )

@@ -34,7 +34,10 @@ type answer struct {
 	body   string
 }
 
-const theIndex = `{"product":"Kuma","version":"0.0.0-preview","instanceId":"i1","clusterId":"c1"}`
+// theIndex is the answer of a control plane of this version.
+func theIndex() string {
+	return `{"product":"Kuma","version":"` + clientVersion() + `","instanceId":"i1","clusterId":"c1"}`
+}
 
 func newServer(t *testing.T, answers map[string]answer) *server {
 	s := &server{answers: answers, bodies: map[string]string{}}
@@ -55,7 +58,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case ok:
 	case what == "GET /":
-		a = answer{200, theIndex}
+		a = answer{200, theIndex()}
 	default:
 		a = answer{404, "404: Page Not Found"}
 	}
@@ -195,8 +198,8 @@ func TestVersion(t *testing.T) {
 	s := newServer(t, nil)
 	m := newMachine(t).using(s.URL)
 	v := clientVersion()
-	m.run("version").want(t, 0, "Client: Kuma "+v+"\nServer: Kuma 0.0.0-preview\n", "")
-	m.run("version", "-a").want(t, 0, "…Client:\n  Product:    Kuma\n  Version:    "+v+"…Server:\n  Product:    Kuma\n  Version:    0.0.0-preview\n", "")
+	m.run("version").want(t, 0, "Client: Kuma "+v+"\nServer: Kuma "+v+"\n", "")
+	m.run("version", "-a").want(t, 0, "…Client:\n  Product:    Kuma\n  Version:    "+v+"…Server:\n  Product:    Kuma\n  Version:    "+v+"\n", "")
 	m.using("http://127.0.0.1:1").run("version").want(t, 0, "Client: Kuma "+v+"\n", "…Warning: unable to connect to the control plane")
 }
 

@@ -204,7 +204,7 @@ func TestTLS(t *testing.T) {
 	var seen *http.Request
 	s := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		seen = r
-		_, _ = w.Write([]byte(theIndex))
+		_, _ = w.Write([]byte(theIndex()))
 	}))
 	s.TLS = &tls.Config{Certificates: []tls.Certificate{pair}, ClientAuth: tls.RequestClientCert}
 	s.StartTLS()
@@ -250,7 +250,7 @@ func TestRedirects(t *testing.T) {
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case "/":
-			_, _ = w.Write([]byte(theIndex))
+			_, _ = w.Write([]byte(theIndex()))
 		case "/meshes":
 			http.Redirect(w, r, other.URL+"/meshes", http.StatusFound)
 		case "/zones":

@@ -2,11 +2,12 @@ package ctl
 
 import (
 	"context"
-	"runtime/debug"
 	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
+
+	"kuma/internal/conf"
 )
 
 func (a *app) versionCommand() *cobra.Command {
@@ -24,14 +25,14 @@ func (a *app) versionCommand() *cobra.Command {
 }
 
 func (a *app) version(ctx context.Context, detailed bool) error {
-	b := build()
+	b := conf.Build()
 	if detailed {
-		err := a.print("Client:\n  Product:    %s\n  Version:    %s\n  Git Tag:    %s\n  Git Commit: %s\n  Build Date: %s\n",
-			product, b.Version, b.GitTag, b.GitCommit, b.BuildDate)
+		err := a.print("Client:\n  Product:    %s\n  Version:    %s\n  Git Commit: %s\n  Build Date: %s\n",
+			b.Product, b.Version, b.GitCommit, b.BuildDate)
 		if err != nil {
 			return err
 		}
-	} else if err := a.print("Client: %s %s\n", product, b.Version); err != nil {
+	} else if err := a.print("Client: %s %s\n", b.Product, b.Version); err != nil {
 		return err
 	}
 	c, err := a.client()
@@ -88,25 +89,4 @@ func release(v string) (major, minor int, ok bool) {
 	return major, minor, err == nil
 }
 
-// buildInfo says how this program was built.
-type buildInfo struct{ Version, GitTag, GitCommit, BuildDate string }
-
-// build reads what the Go tool wrote into this program.
-func build() buildInfo {
-	b := buildInfo{Version: "0.0.0-preview", GitTag: "unknown", GitCommit: "unknown", BuildDate: "unknown"}
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return b
-	}
-	for _, s := range info.Settings {
-		switch s.Key {
-		case "vcs.revision":
-			b.GitCommit = s.Value
-		case "vcs.time":
-			b.BuildDate = s.Value
-		}
-	}
-	return b
-}
-
-func clientVersion() string { return build().Version }
+func clientVersion() string { return conf.Build().Version }
