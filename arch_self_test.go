@@ -143,6 +143,8 @@ type Config struct {
 	Too  int
 
 	Bare int
+
+	Store store.Store
 }
 
 type Doer interface {

@@ -10,6 +10,7 @@ import (
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"go/types"
 	"io"
 	"io/fs"
 	"maps"
@@ -547,7 +548,7 @@ func (f *file) addSpec(d *ast.GenDecl, spec ast.Spec, at func(ast.Node, string) 
 				switch {
 				case field.Doc != nil || field.Comment != nil || covered.IsValid() && lines(covered, field.Pos()) <= 1:
 					covered = field.End()
-				case len(field.Names) > 0:
+				case len(field.Names) > 0 && !saysItself(field):
 					covered = token.NoPos
 					f.Undocumented = append(f.Undocumented, at(field, "Config."+field.Names[0].Name))
 				}
@@ -563,6 +564,20 @@ func (f *file) addSpec(d *ast.GenDecl, spec ast.Spec, at func(ast.Node, string) 
 			f.Mutable = append(f.Mutable, at(s, s.Names[0].Name+" guards shared state of the package"))
 		}
 	}
+}
+
+// saysItself reports whether a field is a part that is handed in and whose type
+// has its name, such as "Store store.Store". Settings never say themselves.
+func saysItself(field *ast.Field) bool {
+	if len(field.Names) != 1 {
+		return false
+	}
+	noun := strings.ToLower(strings.TrimSuffix(field.Names[0].Name, "s"))
+	_, selector := field.Type.(*ast.SelectorExpr)
+	_, ident := field.Type.(*ast.Ident)
+	_, pointer := field.Type.(*ast.StarExpr)
+	_, list := field.Type.(*ast.ArrayType)
+	return (selector || ident || pointer || list) && strings.Contains(strings.ToLower(types.ExprString(field.Type)), noun)
 }
 
 // addAssignments finds assignments to package variables of the same file.
