@@ -29,7 +29,7 @@ type ValidatorConfig struct {
 	// UseSecrets takes the signing keys that are kept as secrets.
 	UseSecrets bool `json:"useSecrets"`
 	// PublicKeys are further keys, tried first. They are set in a file alone.
-	PublicKeys []PublicKey `json:"publicKeys"`
+	PublicKeys []PublicKey `json:"publicKeys" env:"-"`
 }
 
 // PublicKey is a key whose private half is kept elsewhere.
