@@ -27,10 +27,18 @@ type Header struct {
 	Labels map[string]string `json:"labels"`
 }
 
-// Peek reads a document's header.
+// Peek reads a document's header. A mistake in another field than "type" is
+// left for Decode to tell, which names its place.
 func Peek(doc []byte) (Header, error) {
 	var h Header
-	if err := json.Unmarshal(doc, &h); err != nil {
+	if len(doc) > MaxSize {
+		return h, errs.New(errs.Invalid, "invalid resource: it has %d bytes, the limit is %d", len(doc), MaxSize)
+	}
+	err := json.Unmarshal(doc, &h)
+	if _, ok := errors.AsType[*json.UnmarshalTypeError](err); ok && h.Type != "" {
+		err = nil
+	}
+	if err != nil {
 		return h, errs.New(errs.Invalid, "invalid resource: %q", err.Error())
 	}
 	return h, nil
@@ -62,12 +70,14 @@ func Decode(k *Kind, doc []byte, lenient bool) (*Resource, error) {
 			continue
 		}
 		delete(top, f.name)
-		if err := json.Unmarshal(raw, f.into); err != nil {
-			bad = append(bad, errs.Field{Path: f.name, Message: wanted(reflect.TypeOf(f.into).Elem()) + ", not " + got(raw)})
+		more, err := decodeInto(f.into, raw, f.name, lenient)
+		if err != nil {
+			return nil, errs.New(errs.Invalid, "invalid %s object: %q", k.Name, err.Error())
 		}
+		bad = append(bad, more...)
 	}
 	if kindName != "" && kindName != k.Name {
-		bad = append(bad, errs.Field{Path: "type", Message: fmt.Sprintf("is %q, but a %s is expected here", kindName, k.Name)})
+		bad = append(bad, errs.Field{Path: "type", Message: fmt.Sprintf("is %q, but a %s is expected here", short(kindName), k.Name)})
 	}
 	for _, f := range serverFields {
 		delete(top, f)
@@ -77,7 +87,9 @@ func Decode(k *Kind, doc []byte, lenient bool) (*Resource, error) {
 		delete(top, "spec")
 		if !lenient {
 			for _, f := range slices.Sorted(maps.Keys(top)) {
-				bad = append(bad, unknown(f, f, []string{"type", "mesh", "name", "labels", "spec"}))
+				if len(bad) < maxBad {
+					bad = append(bad, unknown("", f, []string{"type", "mesh", "name", "labels", "spec"}))
+				}
 			}
 		}
 	} else {
@@ -113,6 +125,8 @@ func object(k *Kind, doc []byte) (map[string]json.RawMessage, error) {
 	if err == nil {
 		if _, more := d.Token(); !errors.Is(more, io.EOF) {
 			err = errors.New("there is something after the object's end")
+		} else if top == nil {
+			err = errors.New("it is null")
 		}
 	}
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
@@ -124,7 +138,9 @@ func object(k *Kind, doc []byte) (map[string]json.RawMessage, error) {
 	return top, nil
 }
 
-// decodeInto reads JSON into a struct and returns the fields at fault.
+// decodeInto reads JSON into what into points to, and returns the fields at
+// fault. What is checked is what is read: of a field that is there twice, the
+// last counts; one that lenient drops is gone.
 func decodeInto(into any, doc []byte, path string, lenient bool) ([]errs.Field, error) {
 	var tree any
 	d := json.NewDecoder(bytes.NewReader(doc))
@@ -137,25 +153,31 @@ func decodeInto(into any, doc []byte, path string, lenient bool) ([]errs.Field, 
 	if len(w.bad) > 0 {
 		return w.bad, nil
 	}
-	if err := json.Unmarshal(doc, into); err != nil {
+	clean, err := Marshal(tree)
+	if err != nil {
 		return nil, err
 	}
-	return nil, nil
+	return nil, json.Unmarshal(clean, into)
 }
 
-// maxDepth bounds how deep a document may nest.
-const maxDepth = 100
+const (
+	// maxDepth bounds how deep a document may nest.
+	maxDepth = 100
+	// maxBad is how many fields at fault are told at once.
+	maxBad = 50
+)
 
 // walker compares a JSON tree with a Go type. encoding/json would stop at the
-// first mistake, could not name a place in a list, and would take a field
-// written in the wrong case.
+// first mistake, could not name a place in a list, would take a field written in
+// the wrong case, and would merge one that is there twice. What lenient drops is
+// taken out of the tree.
 type walker struct {
 	lenient bool
 	bad     []errs.Field
 }
 
 func (w *walker) add(path, message string) {
-	if len(w.bad) < 50 {
+	if len(w.bad) < maxBad {
 		w.bad = append(w.bad, errs.Field{Path: path, Message: message})
 	}
 }
@@ -183,7 +205,10 @@ func (w *walker) walk(path string, v any, t reflect.Type, depth int) {
 		if err == nil {
 			err = json.Unmarshal(raw, reflect.New(t).Interface())
 		}
-		if err != nil {
+		switch {
+		case err != nil && t == timeType:
+			w.add(path, `must be a time such as "2026-01-02T15:04:05Z", not `+gotValue(v))
+		case err != nil:
 			w.add(path, err.Error())
 		}
 		return
@@ -202,9 +227,10 @@ func (w *walker) walk(path string, v any, t reflect.Type, depth int) {
 			switch {
 			case ok:
 				w.walk(join(path, name), m[name], f, depth+1)
-			case !w.lenient:
-				u := unknown(join(path, name), name, slices.Sorted(maps.Keys(fields)))
-				w.add(u.Path, u.Message)
+			case w.lenient:
+				delete(m, name)
+			case len(w.bad) < maxBad:
+				w.bad = append(w.bad, unknown(path, name, slices.Sorted(maps.Keys(fields))))
 			}
 		}
 	case reflect.Map:
@@ -214,7 +240,12 @@ func (w *walker) walk(path string, v any, t reflect.Type, depth int) {
 			return
 		}
 		for _, name := range slices.Sorted(maps.Keys(m)) {
-			w.walk(fmt.Sprintf("%s[%q]", path, name), m[name], t.Elem(), depth+1)
+			at := fmt.Sprintf("%s[%q]", path, short(name))
+			if m[name] == nil && t.Elem().Kind() != reflect.Interface {
+				w.add(at, "must not be null")
+				continue
+			}
+			w.walk(at, m[name], t.Elem(), depth+1)
 		}
 	case reflect.Slice:
 		if t.Elem().Kind() == reflect.Uint8 {
@@ -236,7 +267,7 @@ func (w *walker) walk(path string, v any, t reflect.Type, depth int) {
 			return
 		}
 		for i, item := range list {
-			if item == nil {
+			if item == nil && t.Elem().Kind() != reflect.Interface {
 				w.add(fmt.Sprintf("%s[%d]", path, i), "must not be null")
 				continue
 			}
@@ -251,7 +282,7 @@ func (w *walker) walk(path string, v any, t reflect.Type, depth int) {
 		if t.Implements(enumType) {
 			values := reflect.Zero(t).Interface().(Enum).Values()
 			if !slices.Contains(values, s) {
-				w.add(path, fmt.Sprintf("value '%s' is not supported, it must be one of: %s", s, strings.Join(values, ", ")))
+				w.add(path, fmt.Sprintf("value '%s' is not supported, it must be one of: %s", short(s), strings.Join(values, ", ")))
 			}
 		}
 	case reflect.Interface:
@@ -283,6 +314,7 @@ func fieldsOf(t reflect.Type) map[string]reflect.Type {
 	return out
 }
 
+// unknown is the fault of a field that does not exist in the object at path.
 func unknown(path, name string, known []string) errs.Field {
 	m := "unknown field"
 	if n := names.Nearest(name, known); n != "" {
@@ -290,7 +322,16 @@ func unknown(path, name string, known []string) errs.Field {
 	} else if len(known) > 0 && len(known) <= 12 {
 		m += "; known here: " + strings.Join(known, ", ")
 	}
-	return errs.Field{Path: path, Message: m}
+	return errs.Field{Path: join(path, short(name)), Message: m}
+}
+
+// short cuts what a user wrote, for a message.
+func short(s string) string {
+	const limit = 100
+	if len(s) <= limit {
+		return s
+	}
+	return strings.ToValidUTF8(s[:limit], "") + "…"
 }
 
 func join(path, name string) string {
@@ -311,20 +352,13 @@ func wanted(t reflect.Type) string {
 	case reflect.Bool:
 		return "must be true or false"
 	case reflect.Uint, reflect.Uint8, reflect.Uint16, reflect.Uint32, reflect.Uint64:
-		return "must be a whole number of 0 or more"
-	case reflect.Int, reflect.Int32, reflect.Int64:
-		return "must be a whole number"
+		return fmt.Sprintf("must be a whole number from 0 to %d", ^uint64(0)>>(64-t.Bits()))
+	case reflect.Int, reflect.Int8, reflect.Int16, reflect.Int32, reflect.Int64:
+		limit := int64(^uint64(0) >> (65 - t.Bits()))
+		return fmt.Sprintf("must be a whole number from %d to %d", -limit-1, limit)
 	default:
 		return "must be a number"
 	}
-}
-
-func got(raw []byte) string {
-	var v any
-	if json.Unmarshal(raw, &v) != nil {
-		return "this"
-	}
-	return gotValue(v)
 }
 
 func gotValue(v any) string {
@@ -334,12 +368,9 @@ func gotValue(v any) string {
 	case []any:
 		return "a list"
 	case string:
-		if len(v) > 60 {
-			v = v[:60] + "…"
-		}
-		return fmt.Sprintf("%q", v)
+		return fmt.Sprintf("%q", short(v))
 	default:
-		return fmt.Sprint(v)
+		return short(fmt.Sprint(v))
 	}
 }
 
@@ -425,7 +456,8 @@ func (w *writer) inline(v any) {
 	}
 }
 
-// stored is a resource as stores keep it.
+// stored is a resource as stores keep it. Spec is a pointer to the kind's
+// specification, so that it is decoded in one go with the rest.
 type stored struct {
 	Mesh     string            `json:"mesh,omitempty"`
 	Name     string            `json:"name"`
@@ -433,35 +465,35 @@ type stored struct {
 	Created  time.Time         `json:"created"`
 	Modified time.Time         `json:"modified"`
 	Version  uint64            `json:"version"`
-	Spec     json.RawMessage   `json:"spec"`
+	Spec     any               `json:"spec"`
 	Status   json.RawMessage   `json:"status,omitempty"`
 }
 
 // Freeze returns the bytes that a store keeps for a resource.
 func Freeze(r *Resource) ([]byte, error) {
-	s := stored{r.Mesh, r.Name, r.Labels, r.Created, r.Modified, r.Version, nil, nil}
+	s := stored{r.Mesh, r.Name, r.Labels, r.Created, r.Modified, r.Version, r.Spec, nil}
 	var err error
-	if s.Spec, err = Marshal(r.Spec); err != nil {
-		return nil, fmt.Errorf("encode %s: %w", r.Key(), err)
-	}
 	if r.Status != nil {
 		if s.Status, err = Marshal(r.Status); err != nil {
 			return nil, fmt.Errorf("encode status of %s: %w", r.Key(), err)
 		}
 	}
-	return Marshal(s)
+	b, err := Marshal(s)
+	if err != nil {
+		return nil, fmt.Errorf("encode %s: %w", r.Key(), err)
+	}
+	return b, nil
 }
 
 // Thaw reads what Freeze wrote. Fields that this version does not know are
 // dropped: a newer version may have written them, and one that goes back must
 // still start.
 func Thaw(k *Kind, b []byte) (*Resource, error) {
-	var s stored
-	if err := json.Unmarshal(b, &s); err != nil {
-		return nil, fmt.Errorf("decode stored %s: %w", k.Name, err)
-	}
-	r := &Resource{Meta: Meta{s.Mesh, s.Name, s.Labels, s.Version, s.Created, s.Modified}, Kind: k, Spec: k.New()}
-	if err := json.Unmarshal(s.Spec, r.Spec); err != nil {
+	r := &Resource{Kind: k, Spec: k.New()}
+	s := stored{Spec: r.Spec}
+	err := json.Unmarshal(b, &s)
+	r.Meta = Meta{s.Mesh, s.Name, s.Labels, s.Version, s.Created, s.Modified}
+	if err != nil {
 		return nil, fmt.Errorf("decode stored %s: %w", r.Key(), err)
 	}
 	if len(s.Status) > 0 && k.NewStatus != nil {

@@ -2,7 +2,9 @@ package resource
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"math"
 	"strconv"
 	"strings"
 	"time"
@@ -16,11 +18,7 @@ type Duration struct{ time.Duration }
 func (d Duration) MarshalJSON() ([]byte, error) { return json.Marshal(d.String()) }
 
 // UnmarshalJSON reads Go's syntax.
-func (d *Duration) UnmarshalJSON(b []byte) error {
-	v, err := readDuration(b)
-	d.Duration = v
-	return err
-}
+func (d *Duration) UnmarshalJSON(b []byte) error { return readDuration(b, &d.Duration) }
 
 // ProtoDuration is a length of time in flat shaped kinds: seconds with an "s",
 // as protobuf's JSON form has it ("0.500s", "90s"); Go's syntax is read too.
@@ -28,36 +26,42 @@ type ProtoDuration struct{ time.Duration }
 
 // MarshalJSON writes seconds with none, three, six or nine decimals.
 func (d ProtoDuration) MarshalJSON() ([]byte, error) {
-	decimals := 0
-	switch {
-	case d.Duration%time.Second == 0:
-	case d.Duration%time.Millisecond == 0:
-		decimals = 3
-	case d.Duration%time.Microsecond == 0:
-		decimals = 6
-	default:
-		decimals = 9
+	seconds, nanos := int64(d.Duration/time.Second), int64(d.Duration%time.Second)
+	sign := ""
+	if d.Duration < 0 {
+		sign, seconds, nanos = "-", -seconds, -nanos
 	}
-	return json.Marshal(strconv.FormatFloat(d.Seconds(), 'f', decimals, 64) + "s")
+	decimals := ""
+	switch {
+	case nanos == 0:
+	case nanos%1e6 == 0:
+		decimals = fmt.Sprintf(".%03d", nanos/1e6)
+	case nanos%1e3 == 0:
+		decimals = fmt.Sprintf(".%06d", nanos/1e3)
+	default:
+		decimals = fmt.Sprintf(".%09d", nanos)
+	}
+	return fmt.Appendf(nil, `"%s%d%ss"`, sign, seconds, decimals), nil
 }
 
 // UnmarshalJSON reads either syntax.
-func (d *ProtoDuration) UnmarshalJSON(b []byte) error {
-	v, err := readDuration(b)
-	d.Duration = v
-	return err
-}
+func (d *ProtoDuration) UnmarshalJSON(b []byte) error { return readDuration(b, &d.Duration) }
 
-func readDuration(b []byte) (time.Duration, error) {
+// readDuration reads a duration. As everywhere in JSON, null changes nothing.
+func readDuration(b []byte, into *time.Duration) error {
+	if string(b) == "null" {
+		return nil
+	}
 	var s string
 	if err := json.Unmarshal(b, &s); err != nil {
-		return 0, fmt.Errorf("must be a duration such as \"10s\" or \"1h30m\", in quotes")
+		return errors.New(`must be a duration such as "10s" or "1h30m", in quotes`)
 	}
 	v, err := time.ParseDuration(s)
 	if err != nil {
-		return 0, fmt.Errorf("%q is not a duration; write a number and a unit, such as \"10s\", \"250ms\" or \"1h30m\"", s)
+		return fmt.Errorf("%q is not a duration; write a number and a unit, such as \"10s\", \"250ms\" or \"1h30m\"", short(s))
 	}
-	return v, nil
+	*into = v
+	return nil
 }
 
 // Uint64 is a number that flat shaped kinds write as a string, as protobuf's
@@ -71,9 +75,12 @@ func (u Uint64) MarshalJSON() ([]byte, error) {
 
 // UnmarshalJSON reads the number with or without quotes.
 func (u *Uint64) UnmarshalJSON(b []byte) error {
+	if string(b) == "null" {
+		return nil
+	}
 	v, err := strconv.ParseUint(strings.Trim(string(b), `"`), 10, 64)
 	if err != nil {
-		return fmt.Errorf("%s is not a number of 0 or more", b)
+		return fmt.Errorf("%s is not a whole number from 0 to %d", short(string(b)), uint64(math.MaxUint64))
 	}
 	*u = Uint64(v)
 	return nil
