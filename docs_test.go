@@ -12,6 +12,8 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"kuma/internal/mesh"
+	"kuma/internal/policy/meshtimeout"
+	"kuma/internal/policy/meshtrafficpermission"
 	"kuma/internal/resource"
 )
 
@@ -20,6 +22,7 @@ func documentedKinds() []*resource.Kind {
 	return []*resource.Kind{
 		mesh.Meshes.Kind, mesh.Dataplanes.Kind, mesh.DataplaneInsights.Kind, mesh.Zones.Kind, mesh.Secrets.Kind,
 		mesh.GlobalSecrets.Kind, mesh.MeshServices.Kind, mesh.TrafficPermissions.Kind,
+		meshtimeout.Policy.Kind(), meshtrafficpermission.Policy.Kind(),
 	}
 }
 

@@ -10,7 +10,8 @@ if [ -n "${1:-}" ]; then
 fi
 export ENVOY BIN=${BIN:-$PWD/bin}
 echo "smoke test with $("$ENVOY" --version | tr -d '\n')"
-go test -tags e2e -list '^TestStory$' ./test/e2e/... | grep -q '^TestStory$' || {
+tests=$(go test -tags e2e -list '^TestStory$' ./test/e2e/...)
+grep -q '^TestStory$' <<<"$tests" || {
 	echo "e2e-smoke: test/e2e has no TestStory" >&2
 	exit 1
 }

@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"kuma/internal/mesh"
+	"kuma/internal/policy/meshtimeout"
+	"kuma/internal/policy/meshtrafficpermission"
 	"kuma/internal/resource"
 )
 
@@ -18,6 +20,7 @@ func kinds() []*resource.Kind {
 	list := []*resource.Kind{
 		mesh.Meshes.Kind, mesh.Dataplanes.Kind, mesh.DataplaneInsights.Kind, mesh.Zones.Kind, mesh.Secrets.Kind,
 		mesh.GlobalSecrets.Kind, mesh.MeshServices.Kind, mesh.TrafficPermissions.Kind,
+		meshtimeout.Policy.Kind(), meshtrafficpermission.Policy.Kind(),
 	}
 	slices.SortFunc(list, func(a, b *resource.Kind) int { return strings.Compare(a.Name, b.Name) })
 	return list
@@ -81,7 +84,7 @@ func generateKinds(_ context.Context, root string) error {
 
 // describe puts a kind into the form of the index.
 func describe(k *resource.Kind, source *source) (kindEntry, error) {
-	spec, err := source.schemaOf(k.New())
+	spec, err := source.specOf(k)
 	if err != nil {
 		return kindEntry{}, err
 	}

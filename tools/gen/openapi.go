@@ -61,7 +61,7 @@ func generateOpenAPI(_ context.Context, root string) error {
 
 // kindSchema is the schema of a whole document of a kind.
 func kindSchema(k *resource.Kind, source *source) (*schema, error) {
-	spec, err := source.schemaOf(k.New())
+	spec, err := source.specOf(k)
 	if err != nil {
 		return nil, err
 	}

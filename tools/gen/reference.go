@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -56,7 +57,7 @@ func generateReference(_ context.Context, root string) error {
 
 // referencePage writes the page of one kind, and says in a sentence what it is.
 func referencePage(root string, k *resource.Kind, source *source) (page []byte, summary string, err error) {
-	spec, err := source.schemaOf(k.New())
+	spec, err := source.specOf(k)
 	if err != nil {
 		return nil, "", err
 	}
@@ -88,14 +89,18 @@ func referencePage(root string, k *resource.Kind, source *source) (page []byte, 
 		out.WriteString("These stand at the top, beside `type`, `name`, `labels`" + meshWord(k) + ".\n\n")
 	}
 	out.WriteString("| field | type | |\n|---|---|---|\n")
-	writeFields(&out, "", spec)
+	if err := writeFields(&out, "", spec, map[string]string{}); err != nil {
+		return nil, "", err
+	}
 	if k.NewStatus != nil {
 		status, err := source.schemaOf(k.NewStatus())
 		if err != nil {
 			return nil, "", err
 		}
 		out.WriteString("\n## Status\n\nThe system writes these, under `status`.\n\n| field | type | |\n|---|---|---|\n")
-		writeFields(&out, "", status)
+		if err := writeFields(&out, "", status, map[string]string{}); err != nil {
+			return nil, "", err
+		}
 	}
 	return out.Bytes(), summary, nil
 }
@@ -203,8 +208,10 @@ func exampleOf(root string, k *resource.Kind) (string, error) {
 	return "", nil
 }
 
-// writeFields writes a row for each field of an object, those inside it after it.
-func writeFields(out *bytes.Buffer, prefix string, s *schema) {
+// writeFields writes a row for each field of an object, those inside it after
+// it. An object that was written before, by its fields, is referred to; shown
+// maps what was written to where.
+func writeFields(out *bytes.Buffer, prefix string, s *schema, shown map[string]string) error {
 	for _, field := range s.Properties {
 		path := prefix + field.name
 		text := field.schema.Description
@@ -214,7 +221,6 @@ func writeFields(out *bytes.Buffer, prefix string, s *schema) {
 		if len(field.schema.Enum) > 0 {
 			text = strings.TrimSpace(text + " One of `" + strings.Join(field.schema.Enum, "`, `") + "`.")
 		}
-		fmt.Fprintf(out, "| `%s` | %s | %s |\n", path, typeWord(field.schema), strings.ReplaceAll(text, "|", `\|`))
 		inner, suffix := field.schema, "."
 		for inner.Items != nil {
 			inner, suffix = inner.Items, "[]"+suffix
@@ -222,8 +228,26 @@ func writeFields(out *bytes.Buffer, prefix string, s *schema) {
 		if values, ok := inner.AdditionalProperties.(*schema); ok && len(values.Properties) > 0 {
 			inner, suffix = values, ".*"+suffix
 		}
-		writeFields(out, path+suffix, inner)
+		form, err := json.Marshal(inner.Properties)
+		if err != nil {
+			return err
+		}
+		before := shown[string(form)]
+		if before != "" {
+			text = strings.TrimSpace(text + " Its fields are those of `" + before + "`.")
+		}
+		fmt.Fprintf(out, "| `%s` | %s | %s |\n", path, typeWord(field.schema), strings.ReplaceAll(text, "|", `\|`))
+		if before != "" || len(inner.Properties) == 0 {
+			continue
+		}
+		if len(inner.Properties) > 1 {
+			shown[string(form)] = strings.TrimSuffix(path+suffix, ".")
+		}
+		if err := writeFields(out, path+suffix, inner, shown); err != nil {
+			return err
+		}
 	}
+	return nil
 }
 
 // typeWord says in a few words what JSON a schema takes.

@@ -144,6 +144,20 @@ func (s *source) docOf(t reflect.Type) (typeDoc, error) {
 	return docs[name], nil
 }
 
+// specOf derives the schema of a kind's specification. All policies share one
+// Go type; what a kind has no use for, by its traits, is left out.
+func (s *source) specOf(k *resource.Kind) (*schema, error) {
+	spec, err := s.schemaOf(k.New())
+	if err != nil {
+		return nil, err
+	}
+	if p := k.Policy; p != nil && p.TargetRef {
+		unused := map[string]bool{"to": !p.To, "from": !p.From, "rules": !p.Rules}
+		spec.Properties = slices.DeleteFunc(spec.Properties, func(field property) bool { return unused[field.name] })
+	}
+	return spec, nil
+}
+
 // schemaOf derives the schema of what a pointer leads to, descriptions included.
 func (s *source) schemaOf(pointer any) (*schema, error) {
 	t := reflect.TypeOf(pointer)
