@@ -54,8 +54,7 @@ type config struct {
 	FileOnly string            `json:"fileOnly" env:"-"`
 	Token    conf.Secret       `json:"token"`
 	Password string            `json:"password" secret:"true"`
-	hidden   string
-	Skipped  func() `json:"-"`
+	Skipped  func()            `json:"-"`
 }
 
 func defaults() config {

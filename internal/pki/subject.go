@@ -98,23 +98,9 @@ func (s Subject) Equal(other Subject) bool { return slices.Equal(s.Names(), othe
 // identity (X509-SVID, section 2): one URI, which is a SPIFFE id with a path,
 // and no other name of any kind. Errors are Unauthenticated.
 func ID(cert *x509.Certificate) (string, error) {
-	oid := asn1.ObjectIdentifier{2, 5, 29, 17} // subjectAltName, RFC 5280 4.2.1.6
-	seen := 0
-	for _, e := range cert.Extensions {
-		if !e.Id.Equal(oid) {
-			continue
-		}
-		var names []asn1.RawValue
-		rest, err := asn1.Unmarshal(e.Value, &names)
-		if err != nil || len(rest) > 0 {
-			return "", errs.New(errs.Unauthenticated, "certificate has a malformed list of names")
-		}
-		for _, n := range names {
-			if n.Class != asn1.ClassContextSpecific || n.Tag != 6 { // uniformResourceIdentifier
-				return "", errs.New(errs.Unauthenticated, "certificate has a name beside its SPIFFE id; exactly one URI is wanted")
-			}
-			seen++
-		}
+	seen, err := uriCount(cert)
+	if err != nil {
+		return "", err
 	}
 	if seen != 1 || len(cert.URIs) != 1 {
 		return "", errs.New(errs.Unauthenticated, "certificate has %d URIs; exactly one SPIFFE id is wanted", seen)
@@ -131,7 +117,7 @@ func ID(cert *x509.Certificate) (string, error) {
 // one segment, and all other names are kuma:// URIs. One name that is anything
 // else makes it an error, which is Unauthenticated.
 func Classic(cert *x509.Certificate, mesh string) (services []string, err error) {
-	if len(cert.DNSNames)+len(cert.IPAddresses)+len(cert.EmailAddresses) > 0 {
+	if seen, err := uriCount(cert); err != nil || seen != len(cert.URIs) {
 		return nil, errs.New(errs.Unauthenticated, "certificate has names that are not URIs")
 	}
 	set := map[string]bool{}
@@ -149,4 +135,28 @@ func Classic(cert *x509.Certificate, mesh string) (services []string, err error)
 		return nil, errs.New(errs.Unauthenticated, "certificate names no service of mesh %q", mesh)
 	}
 	return slices.Sorted(maps.Keys(set)), nil
+}
+
+// uriCount returns how many URIs a certificate names, and an error if it names
+// anything else, such as what crypto/x509 skips (otherName).
+func uriCount(cert *x509.Certificate) (int, error) {
+	oid := asn1.ObjectIdentifier{2, 5, 29, 17} // subjectAltName, RFC 5280 4.2.1.6
+	seen := 0
+	for _, e := range cert.Extensions {
+		if !e.Id.Equal(oid) {
+			continue
+		}
+		var names []asn1.RawValue
+		rest, err := asn1.Unmarshal(e.Value, &names)
+		if err != nil || len(rest) > 0 {
+			return 0, errs.New(errs.Unauthenticated, "certificate has a malformed list of names")
+		}
+		for _, n := range names {
+			if n.Class != asn1.ClassContextSpecific || n.Tag != 6 { // uniformResourceIdentifier
+				return 0, errs.New(errs.Unauthenticated, "certificate has a name beside its SPIFFE id that is not a URI")
+			}
+			seen++
+		}
+	}
+	return seen, nil
 }

@@ -235,3 +235,20 @@ func TestUnverified(t *testing.T) {
 		})
 	}
 }
+
+// FuzzParseKey is HRD-9: no text crashes the decoders of keys.
+func FuzzParseKey(f *testing.F) {
+	f.Add(block("RSA PRIVATE KEY", x509.MarshalPKCS1PrivateKey(testKey())))
+	f.Add(token.PublicPEM(&testKey().PublicKey))
+	f.Add([]byte("hello"))
+	f.Add([]byte{0x30, 0x84, 0xff, 0xff, 0xff, 0xff, 0x02})
+	f.Add(block("PRIVATE KEY", []byte{0x30, 0x03, 0x02, 0x01, 0x00}))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if _, err := token.ParseSigningKey(data); err != nil && !errs.Is(err, errs.Invalid) {
+			t.Error(err)
+		}
+		if _, err := token.ParsePublicKey(data); err != nil && !errs.Is(err, errs.Invalid) {
+			t.Error(err)
+		}
+	})
+}

@@ -30,12 +30,12 @@ func shape(text, source string) error {
 	case text == "":
 		return fmt.Errorf("token under file %s is empty", source)
 	case strings.ContainsAny(text, "\r\n"):
-		return errors.New("Token shouldn't contain line breaks within the token, only at the start or end")
+		return errs.New(errs.Invalid, "Token shouldn't contain line breaks within the token, only at the start or end")
 	case len(text) > MaxSize:
 		return fmt.Errorf("token has %d bytes, the limit is %d", len(text), MaxSize)
 	}
 	if _, _, err := jwt.NewParser().ParseUnverified(text, jwt.MapClaims{}); err != nil {
-		return errors.New("not valid JWT token. Can't parse it.")
+		return errs.New(errs.Invalid, "not valid JWT token. Can't parse it.")
 	}
 	return nil
 }
