@@ -124,6 +124,7 @@ func TestApplyStopsAtTheFirstFailure(t *testing.T) {
 	}{
 		{"401", stdError(401, "Invalid authentication data", "Unauthenticated"), "…failed server side: Invalid authentication data (Unauthenticated)…kumactl config control-planes add"},
 		{"403", stdError(403, "Access Denied", "user \"x\" cannot access the resource of type \"Mesh\""), "…failed server side: Access Denied (user \"x\" cannot access"},
+		{"403 without credential", stdError(403, "Access Denied", "user \"mesh-system:anonymous/mesh-system:unauthenticated\" cannot"), "…Access Denied…log in with"},
 		{"404", answer{404, "404: Page Not Found"}, "…does not have the kind Mesh"},
 		{"405", stdError(405, "Method not allowed", "On zone\n"), "…Method not allowed (On zone)\n"},
 		{"409", stdError(409, "Conflict", "it was changed"), "…Conflict (it was changed)"},

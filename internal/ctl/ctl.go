@@ -123,6 +123,11 @@ func group(use, short string, sub ...*cobra.Command) *cobra.Command {
 	return c
 }
 
+// choices lets a shell complete a flag's values.
+func choices(c *cobra.Command, flag string, values ...string) {
+	must(c.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp)))
+}
+
 // suggestion names the nearest candidate, or lists them all.
 func suggestion(word string, known []string) string {
 	if n := names.Nearest(word, known); n != "" {

@@ -54,6 +54,8 @@ func (a *app) tlsCertificateCommand() *cobra.Command {
 	f.StringVar(&certFile, "cert-file", "cert.pem", "file for the certificate, - for standard output")
 	f.StringVar(&keyFile, "key-file", "key.pem", "file for the private key, - for standard output")
 	f.StringVar(&keyType, "key-type", "rsa", "sort of key: rsa (2048 bits) or ecdsa (P-256)")
+	choices(c, "type", "server", "client")
+	choices(c, "key-type", "rsa", "ecdsa")
 	must(c.MarkFlagRequired("type"))
 	must(c.MarkFlagRequired("hostname"))
 	return c
@@ -192,6 +194,7 @@ func (a *app) dataplaneTokenCommand() *cobra.Command {
 	f.StringVar(&name, "name", "", "name of the Dataplane; without it the token fits any name")
 	f.StringVarP(&meshName, "mesh", "m", "", `mesh of the Dataplane (default the context's, or "default")`)
 	f.StringVar(&proxyType, "proxy-type", "", "sort of proxy: dataplane, ingress or egress")
+	choices(c, "proxy-type", "dataplane", "ingress", "egress")
 	f.StringVar(&proxyType, "type", "", "older name of --proxy-type")
 	// Not MarkDeprecated: that would say so on standard output, which is the
 	// token's alone.

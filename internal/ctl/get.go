@@ -58,6 +58,7 @@ func (a *app) getCommand() *cobra.Command {
 	f := c.Flags()
 	f.StringVarP(&meshName, "mesh", "m", "", `mesh of the resources (default the context's, or "default")`)
 	f.StringVarP(&output, "output", "o", "table", "output format: table, yaml or json")
+	choices(c, "output", "table", "yaml", "json")
 	f.IntVar(&size, "size", 0, "how many resources to show at most, 1 to 1000 (default the control plane's, 100)")
 	f.StringVar(&offset, "offset", "", "where to go on, as the end of a list says")
 	return c

@@ -59,12 +59,15 @@ func (p *problem) Error() string {
 	return b.String() + p.mend()
 }
 
+// anonymous is the group of callers without credential.
+const anonymous = "mesh-system:unauthenticated"
+
 // mend says what the user can do about it, where that is known.
 func (p *problem) mend() string {
-	switch p.Status {
-	case http.StatusUnauthorized:
+	switch {
+	case p.Status == http.StatusUnauthorized, p.Status == http.StatusForbidden && strings.Contains(p.Detail, anonymous):
 		return "\n  log in with: kumactl config control-planes add --name NAME --address " + p.where + " --auth-type tokens --auth-conf token=TOKEN --overwrite"
-	case http.StatusUnsupportedMediaType:
+	case p.Status == http.StatusUnsupportedMediaType:
 		return "\n  is a proxy between here and the control plane changing requests?"
 	}
 	return ""

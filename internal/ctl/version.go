@@ -1,6 +1,7 @@
 package ctl
 
 import (
+	"cmp"
 	"context"
 	"strconv"
 	"strings"
@@ -28,7 +29,7 @@ func (a *app) version(ctx context.Context, detailed bool) error {
 	b := conf.Build()
 	if detailed {
 		err := a.print("Client:\n  Product:    %s\n  Version:    %s\n  Git Commit: %s\n  Build Date: %s\n",
-			b.Product, b.Version, b.GitCommit, b.BuildDate)
+			b.Product, b.Version, cmp.Or(b.GitCommit, "unknown"), cmp.Or(b.BuildDate, "unknown"))
 		if err != nil {
 			return err
 		}
