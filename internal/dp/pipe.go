@@ -89,7 +89,10 @@ func (p *logPipe) run(ctx context.Context) {
 		part, err := b.ReadSlice('\n')
 		switch {
 		case errors.Is(err, bufio.ErrBufferFull):
-			if long = append(long, part...); len(long) > maxPipeLine {
+			if !skip {
+				long = append(long, part...)
+			}
+			if len(long) > maxPipeLine {
 				long, skip = nil, true
 			}
 			continue

@@ -44,6 +44,8 @@ func TestMain(m *testing.M) {
 		case "--version":
 			fmt.Println("\nenvoy  version: abc/1.40.0/Clean/RELEASE/BoringSSL")
 			os.Exit(0)
+		case "run":
+			os.Exit(Main(context.Background(), os.Args[1:], os.Getenv, os.Stdin, os.Stdout, os.Stderr))
 		case "--config-path":
 			os.Exit(pretendEnvoy(os.Args[2]))
 		}
