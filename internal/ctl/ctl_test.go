@@ -242,7 +242,7 @@ func TestCompletion(t *testing.T) {
 	s := newServer(t, map[string]answer{"GET /meshes": {200, `{"items":[{"name":"one"},{"name":"two"}]}`}})
 	m := newMachine(t).using(s.URL)
 	m.run("__complete", "get", "mesh", "").want(t, 0, "one\ntwo\n:4\n", "…")
-	m.run("__complete", "inspect", "dataplane", "--type", "c").want(t, 0, "config-dump\nclusters\nconfig\n:4\n", "…")
+	m.run("__complete", "inspect", "dataplane", "--type", "").want(t, 0, "policies\nconfig-dump\nstats\nclusters\nconfig\n:4\n", "…")
 	m.run("__complete", "delete", "").want(t, 0, "…\nsecret\n", "…")
 }
 
