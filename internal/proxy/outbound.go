@@ -1,0 +1,237 @@
+package proxy
+
+import (
+	"fmt"
+	"hash/fnv"
+	"maps"
+	"slices"
+
+	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	tcpproxyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
+	httpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"kuma/internal/envoy"
+	"kuma/internal/mesh"
+	"kuma/internal/names"
+	"kuma/internal/resource"
+	"kuma/internal/state"
+)
+
+// catchAll is the contract's name of the route that takes every request.
+const catchAll = "9Zuf5Tg79OuZcQITwBbQykxAk2u4fRKrwYn3//AL4Yo="
+
+// target is a destination with all that its cluster needs.
+type target struct {
+	envoy.Destination
+	// cluster, routes and unified are names.
+	cluster, routes, unified string
+	sni                      string
+	// peers are the SPIFFE ids that may answer; none means any of the mesh.
+	peers []string
+	// ready says that all peers have certificates.
+	ready bool
+	// service is the MeshService, for its endpoints.
+	service *mesh.MeshService
+	port    *mesh.ServicePort
+}
+
+func (w *work) outbounds() {
+	clusters := map[string]*envoy.Cluster{}
+	for i := range w.net.Outbound {
+		o := &w.net.Outbound[i]
+		t, err := w.target(o)
+		if err != nil {
+			w.out.Report(w.dp.Key(), "outbound %d is left out: %s", o.Port, err)
+			continue
+		}
+		out := w.outbound(o, t)
+		if out.Cluster = clusters[t.cluster]; out.Cluster == nil {
+			if out.Cluster = w.cluster(t); out.Cluster != nil {
+				clusters[t.cluster] = out.Cluster
+				w.out.Endpoints = append(w.out.Endpoints, w.endpoints(t))
+			}
+		}
+		w.out.Outbounds = append(w.out.Outbounds, out)
+	}
+}
+
+// target finds out where an outbound leads.
+func (w *work) target(o *mesh.Outbound) (*target, error) {
+	if o.BackendRef != nil {
+		return w.realTarget(o)
+	}
+	service := o.Tags[mesh.TagService]
+	t := &target{
+		Destination: envoy.Destination{Service: service, Tags: o.Tags, Protocol: w.protocol(service)},
+		cluster:     service, routes: "outbound:" + service,
+		peers: []string{names.SPIFFE(w.mesh.Name, service)},
+		ready: w.mesh.TLSReady(service),
+	}
+	subset := maps.Clone(o.Tags)
+	delete(subset, mesh.TagService)
+	if len(subset) > 0 {
+		h := fnv.New64a()
+		_, _ = h.Write([]byte(mesh.FormatTags(subset)))
+		t.cluster = fmt.Sprintf("%s-%016x", service, h.Sum64())
+	}
+	t.sni = names.TagSNI(service, w.mesh.Name, subset)
+	return t, nil
+}
+
+// protocol is what a service's endpoints speak, or spoke when there were any.
+func (w *work) protocol(service string) string {
+	type key struct{ service string }
+	p := state.SharedByDataplanes(w.mesh, key{service}, func() string { return w.mesh.Protocol(service) })
+	if p == "" {
+		p = w.cfg.Remembered(w.mesh.Name, service)
+	}
+	if p == "" {
+		p = envoy.TCP
+	}
+	return p
+}
+
+// find returns the MeshService that an outbound refers to, or nil.
+func find(m *state.Mesh, o *mesh.Outbound) *mesh.MeshService {
+	if o.BackendRef.Name != "" {
+		if r := m.Get(mesh.MeshServices.Name, o.BackendRef.Name); r != nil {
+			s := mesh.MeshServices.From(r)
+			return &s
+		}
+		return nil
+	}
+	for _, r := range m.List(mesh.MeshServices.Name) {
+		if refers(o, r) {
+			s := mesh.MeshServices.From(r)
+			return &s
+		}
+	}
+	return nil
+}
+
+// refers reports whether an outbound may mean the MeshService.
+func refers(o *mesh.Outbound, r *resource.Resource) bool {
+	switch {
+	case o.BackendRef == nil:
+		return false
+	case o.BackendRef.Name != "":
+		return o.BackendRef.Name == r.Name
+	default:
+		return mesh.MatchTags(o.BackendRef.Labels, r.Labels)
+	}
+}
+
+func (w *work) realTarget(o *mesh.Outbound) (*target, error) {
+	s := find(w.mesh, o)
+	if s == nil {
+		if o.BackendRef.Name != "" {
+			return nil, fmt.Errorf("MeshService %q does not exist", o.BackendRef.Name)
+		}
+		return nil, fmt.Errorf("no MeshService has the labels %s", mesh.FormatTags(o.BackendRef.Labels))
+	}
+	i := slices.IndexFunc(s.Spec.Ports, func(p mesh.ServicePort) bool { return p.Port == o.BackendRef.Port })
+	if i < 0 {
+		return nil, fmt.Errorf("MeshService %q has no port %d", s.Name, o.BackendRef.Port)
+	}
+	port := &s.Spec.Ports[i]
+	zone := s.Labels[mesh.LabelZone]
+	kri := s.KRI()
+	kri.Section = port.Section()
+	t := &target{
+		Destination: envoy.Destination{
+			MeshService: s.DisplayName(), Namespace: s.Labels[mesh.LabelNamespace], Zone: zone, Labels: s.Labels,
+			Section: port.Section(), Port: port.Port, KRI: kri, Protocol: port.Protocol(),
+		},
+		cluster: names.Destination(w.mesh.Name, s.DisplayName(), s.Labels[mesh.LabelNamespace], zone, mesh.MeshServices.Short, port.Port),
+		routes:  kri.String(), unified: kri.String(),
+		sni:     names.HashSNI(s.DisplayName(), w.mesh.Name, port.Port, "ms", nil),
+		service: s, port: port,
+	}
+	for _, id := range s.Spec.Identities {
+		switch id.Type {
+		case mesh.IdentityTag:
+			t.peers = append(t.peers, names.SPIFFE(w.mesh.Name, id.Value))
+		case mesh.IdentitySPIFFE:
+			t.peers = append(t.peers, id.Value)
+		}
+	}
+	if status, ok := s.Status.(*mesh.MeshServiceStatus); ok && status.TLS != nil {
+		t.ready = status.TLS.Status == "Ready"
+	}
+	return t, nil
+}
+
+func (w *work) outbound(o *mesh.Outbound, t *target) *envoy.Outbound {
+	address := o.ListenAddress()
+	out := &envoy.Outbound{
+		Address: address, Port: o.Port, To: t.Destination,
+		Listener: &listenerv3.Listener{
+			Name: names.Outbound(address, o.Port), Address: envoy.Address(address, o.Port), TrafficDirection: corev3.TrafficDirection_OUTBOUND,
+		},
+	}
+	if t.Service != "" {
+		out.Metadata = tagsMetadata(map[string]string{mesh.TagService: t.Service}, "")
+	} else {
+		out.Metadata = tagsMetadata(nil, t.unified)
+	}
+	if !envoy.IsHTTP(t.Protocol) {
+		out.Stream = &tcpproxyv3.TcpProxy{
+			StatPrefix:       names.StatPrefix(t.cluster),
+			ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: t.cluster},
+			IdleTimeout:      durationpb.New(outboundIdle),
+		}
+		return out
+	}
+	out.HTTP = w.http(names.StatPrefix(t.cluster), t.routes, t.cluster, t.Protocol, &routev3.Route{
+		Name: catchAll, Match: anyPath(),
+		Action: &routev3.Route_Route{Route: &routev3.RouteAction{
+			ClusterSpecifier: &routev3.RouteAction_Cluster{Cluster: t.cluster},
+			Timeout:          durationpb.New(outboundRequest),
+			IdleTimeout:      durationpb.New(outboundStreamIdle),
+			// Only what never reached the workload is tried again, within the time
+			// of the whole request: a refusal or an answer is never multiplied.
+			RetryPolicy: &routev3.RetryPolicy{RetryOn: "connect-failure,refused-stream", NumRetries: wrapperspb.UInt32(2)},
+		}},
+	})
+	out.HTTP.NormalizePath = wrapperspb.Bool(true)
+	out.HTTP.StreamIdleTimeout = durationpb.New(outboundStreamIdle)
+	return out
+}
+
+// cluster leads to a service's proxies. It is nil where this proxy can't reach
+// any.
+func (w *work) cluster(t *target) *envoy.Cluster {
+	cl := &envoy.Cluster{
+		Cluster: &clusterv3.Cluster{
+			Name:                 t.cluster,
+			ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_EDS},
+			EdsClusterConfig: &clusterv3.Cluster_EdsClusterConfig{EdsConfig: &corev3.ConfigSource{
+				ConfigSourceSpecifier: &corev3.ConfigSource_Ads{Ads: &corev3.AggregatedConfigSource{}},
+				ResourceApiVersion:    corev3.ApiVersion_V3,
+			}},
+			ConnectTimeout: durationpb.New(outboundConnect),
+			CircuitBreakers: &clusterv3.CircuitBreakers{Thresholds: []*clusterv3.CircuitBreakers_Thresholds{{
+				MaxConnections: wrapperspb.UInt32(1024), MaxPendingRequests: wrapperspb.UInt32(1024),
+				MaxRequests: wrapperspb.UInt32(1024), MaxRetries: wrapperspb.UInt32(3), TrackRemaining: true,
+			}}},
+		},
+		Protocol: &httpv3.HttpProtocolOptions{UpstreamProtocolOptions: explicitHTTP(true)},
+	}
+	if envoy.IsHTTP(t.Protocol) {
+		cl.Protocol.CommonHttpProtocolOptions = &corev3.HttpProtocolOptions{IdleTimeout: durationpb.New(outboundIdle)}
+	}
+	if w.backend == nil || w.backend.Mode == mesh.Permissive && !t.ready {
+		return cl
+	}
+	if len(state.IdentityOf(w.dp).Services) == 0 {
+		w.out.Report(w.dp.Key(), "can't reach %s: this proxy has no %s tag, so it gets no certificate; give it an inbound or a gateway with that tag", t.Name(), mesh.TagService)
+		return nil
+	}
+	cl.TLS = envoy.ClientTLS(w.mesh.Name, w.proxy.Link, t.sni, t.peers)
+	return cl
+}
