@@ -333,6 +333,11 @@ func (s *Server) crossOrigin(w http.ResponseWriter, r *http.Request) bool {
 		return false
 	}
 	w.Header().Add("Vary", "Origin")
+	// An origin has a scheme, a host and a port: "?" or "/" would let a pattern
+	// such as "https://.*\.example" match what only looks like it.
+	if _, host, ok := strings.Cut(origin, "://"); !ok || strings.ContainsAny(host, "/?#@\\") {
+		return false
+	}
 	if !slices.ContainsFunc(s.cors, func(re *regexp.Regexp) bool { return re.MatchString(origin) }) {
 		return false
 	}
