@@ -56,7 +56,7 @@ var narrow = []struct {
 	{"dp", upTo(2), "kuma-dp runs beside every workload: it carries nothing of the control plane"},
 	{"ctl", upTo(2), "kumactl learns of kinds from the server or its embedded index: it carries nothing of the control plane"},
 	{"cni", upTo(2), "the CNI plugin runs as root on every node: it carries nothing of the control plane"},
-	{"cmd/*", func(imported string) bool { return layerOf(imported) == 9 }, "a command parses its arguments and runs a whole; whatever more it does belongs there, where tests reach it"},
+	{"cmd/*", func(imported string) bool { return layerOf(imported) == 9 || imported == "conf" }, "a command parses its arguments and runs a whole; whatever more it does belongs there, where tests reach it"},
 	{"state", func(imported string) bool { return !matches("policy/*", imported) }, "the picture holds policies, it does not interpret them"},
 }
 

@@ -11,20 +11,9 @@ import (
 
 	"sigs.k8s.io/yaml"
 
-	"kuma/internal/mesh"
-	"kuma/internal/policy/meshtimeout"
-	"kuma/internal/policy/meshtrafficpermission"
+	"kuma/internal/catalog"
 	"kuma/internal/resource"
 )
-
-// documentedKinds are the kinds whose examples in the manual are checked.
-func documentedKinds() []*resource.Kind {
-	return []*resource.Kind{
-		mesh.Meshes.Kind, mesh.Dataplanes.Kind, mesh.DataplaneInsights.Kind, mesh.Zones.Kind, mesh.Secrets.Kind,
-		mesh.GlobalSecrets.Kind, mesh.MeshServices.Kind, mesh.TrafficPermissions.Kind,
-		meshtimeout.Policy.Kind(), meshtrafficpermission.Policy.Kind(),
-	}
-}
 
 var (
 	fenceForm   = regexp.MustCompile("^ *(```+|~~~+) *([^`]*)$")
@@ -173,7 +162,7 @@ func yamlBlocks(t *testing.T) (out []block) {
 func TestExamples(t *testing.T) {
 	for _, b := range yamlBlocks(t) {
 		for i, document := range documents(b.text) {
-			if err := acceptable(documentedKinds(), document); err != nil {
+			if err := acceptable(catalog.Kinds(), document); err != nil {
 				t.Errorf("%s, document %d: %v", b, i+1, err)
 			}
 		}
@@ -240,7 +229,7 @@ func TestDocumentChecksCanFail(t *testing.T) {
 		"type: Dataplane\nname: a\nmesh: default\nnetworking: {address: x/}\n": "address has to be valid",
 		"type: Zone\ntype: Zone\n":                                             "already set",
 	} {
-		err := acceptable(documentedKinds(), document)
+		err := acceptable(catalog.Kinds(), document)
 		if (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
 			t.Errorf("%q gives %v, want %q", document, err, want)
 		}

@@ -9,19 +9,13 @@ import (
 	"slices"
 	"strings"
 
-	"kuma/internal/mesh"
-	"kuma/internal/policy/meshtimeout"
-	"kuma/internal/policy/meshtrafficpermission"
+	"kuma/internal/catalog"
 	"kuma/internal/resource"
 )
 
 // kinds lists the kinds that outputs are made for, by name.
 func kinds() []*resource.Kind {
-	list := []*resource.Kind{
-		mesh.Meshes.Kind, mesh.Dataplanes.Kind, mesh.DataplaneInsights.Kind, mesh.Zones.Kind, mesh.Secrets.Kind,
-		mesh.GlobalSecrets.Kind, mesh.MeshServices.Kind, mesh.TrafficPermissions.Kind,
-		meshtimeout.Policy.Kind(), meshtrafficpermission.Policy.Kind(),
-	}
+	list := catalog.Kinds()
 	slices.SortFunc(list, func(a, b *resource.Kind) int { return strings.Compare(a.Name, b.Name) })
 	return list
 }

@@ -5,11 +5,15 @@ import (
 	"encoding/json"
 	"fmt"
 	"path/filepath"
+	"regexp"
 	"strings"
+	"unicode"
 
 	"sigs.k8s.io/yaml"
 
+	"kuma/internal/auth"
 	"kuma/internal/resource"
+	"kuma/internal/rest"
 )
 
 // object is a JSON object while the document is put together.
@@ -30,6 +34,9 @@ func generateOpenAPI(_ context.Context, root string) error {
 	}
 	for path, operations := range fixedPaths() {
 		paths[path] = operations
+	}
+	if err := addRoutes(paths); err != nil {
+		return err
 	}
 	document := object{
 		"openapi": "3.1.0",
@@ -135,6 +142,64 @@ func addPaths(paths object, k *resource.Kind) {
 	}
 	paths[collection] = object{"parameters": parameters, "get": list("list" + k.Name)}
 	paths[collection+"/{name}"] = one
+}
+
+// addRoutes goes through the routes that the server has. Each says who may use
+// it; those that are not described elsewhere are added with what the route
+// itself tells. What is described but not served is a mistake.
+func addRoutes(paths object) error {
+	server, err := rest.New(rest.Config{Kinds: kinds(), Issuer: new(auth.Issuer)})
+	if err != nil {
+		return err
+	}
+	served := map[string]bool{}
+	for _, route := range server.Routes() {
+		method := strings.ToLower(route.Method)
+		served[method+" "+route.Path] = true
+		operations, ok := paths[route.Path].(object)
+		if !ok {
+			operations = object{}
+			if parameters := pathParameters(route.Path); len(parameters) > 0 {
+				operations["parameters"] = parameters
+			}
+			paths[route.Path] = operations
+		}
+		described, ok := operations[method].(object)
+		if !ok {
+			described = operation(operationID(method, route.Path), route.Method+" "+route.Path, object{"200": object{"description": "Done"}})
+			operations[method] = described
+		}
+		described["x-access"] = route.Access
+	}
+	for path, operations := range paths {
+		for method := range operations.(object) {
+			if method != "parameters" && !served[method+" "+path] {
+				return fmt.Errorf("%s %s is described, but the server has no such route", method, path)
+			}
+		}
+	}
+	return nil
+}
+
+var pathParameter = regexp.MustCompile(`\{([^}.]+)(\.\.\.)?\}`)
+
+// pathParameters declares the parameters that stand in a path.
+func pathParameters(path string) (out []object) {
+	for _, m := range pathParameter.FindAllStringSubmatch(path, -1) {
+		if m[1] != "$" {
+			out = append(out, object{"name": m[1], "in": "path", "required": true, "schema": object{"type": "string"}})
+		}
+	}
+	return out
+}
+
+// operationID makes an identifier of a route: getMeshesMeshDataplanesNameXds.
+func operationID(method, path string) string {
+	words := strings.FieldsFunc(path, func(r rune) bool { return !unicode.IsLetter(r) && !unicode.IsDigit(r) })
+	for i, word := range words {
+		words[i] = strings.ToUpper(word[:1]) + word[1:]
+	}
+	return method + strings.Join(words, "")
 }
 
 // fixedPaths are the operations that belong to no kind.
