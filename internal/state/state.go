@@ -122,6 +122,9 @@ type Mesh struct {
 	kinds map[string]*kindSet
 	// services is shared by all pictures in which the Dataplanes are the same.
 	services *serviceIndex
+	// remembered is the protocol of services that had endpoints once. It is
+	// shared by all pictures, and replaced when it changes.
+	remembered map[string]string
 	// tls is shared by all in which Dataplanes and insights are.
 	tls *tlsIndex
 	// memo is this picture's alone, for a mesh in which anything changed.
@@ -229,6 +232,32 @@ func (m *Mesh) Protocol(service string) string {
 	return common
 }
 
+// Remembered returns the protocol that a service had when it last had
+// endpoints, or "": so that callers of a service whose last endpoint has gone
+// are still answered in their protocol (envoy.md 9.7).
+func (m *Mesh) Remembered(service string) string { return m.remembered[service] }
+
+// maxRemembered bounds how many services without endpoints are remembered.
+const maxRemembered = 10_000
+
+// remember keeps the protocols of a Dataplane that changes or goes, as they
+// were in the picture before.
+func (m *Mesh) remember(before *Mesh, d *resource.Resource) {
+	if before == nil || d == nil {
+		return
+	}
+	for _, service := range mesh.Dataplanes.From(d).Spec.Services() {
+		protocol := before.Protocol(service)
+		if protocol == "" || m.remembered[service] == protocol || len(m.remembered) >= maxRemembered {
+			continue
+		}
+		if m.remembered = maps.Clone(m.remembered); m.remembered == nil {
+			m.remembered = map[string]string{}
+		}
+		m.remembered[service] = protocol
+	}
+}
+
 func isHTTP2(p string) bool { return p == "http2" || p == "grpc" }
 
 // tlsIndex says which services' proxies all have certificates.
@@ -316,6 +345,7 @@ func (p *Picture) with(revision uint64, changes []Change) *Picture {
 		c.Old = put(m.kinds[c.Key.Kind].byName, c)
 		switch c.Key.Kind {
 		case mesh.Dataplanes.Name:
+			m.remember(p.meshes[m.Name], c.Old)
 			m.services, m.tls = new(serviceIndex), new(tlsIndex)
 		case mesh.DataplaneInsights.Name:
 			n.insights = n.seq
@@ -361,7 +391,7 @@ func (p *Picture) own(name string, copied map[string]bool) *Mesh {
 	copied[name] = true
 	m := &Mesh{Name: name, kinds: map[string]*kindSet{}, services: new(serviceIndex), tls: new(tlsIndex), memo: new(memo)}
 	if old := p.meshes[name]; old != nil {
-		m.Spec, m.Resource, m.kinds, m.services, m.tls = old.Spec, old.Resource, maps.Clone(old.kinds), old.services, old.tls
+		m.Spec, m.Resource, m.kinds, m.services, m.tls, m.remembered = old.Spec, old.Resource, maps.Clone(old.kinds), old.services, old.tls, old.remembered
 	}
 	p.meshes[name] = m
 	return m

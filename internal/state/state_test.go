@@ -172,3 +172,22 @@ func TestHistoryIsBounded(t *testing.T) {
 		}
 	})
 }
+
+func TestAServiceWithoutEndpointsIsRemembered(t *testing.T) {
+	in(t, func(t *testing.T, s store.Store, tr *state.Tracker) {
+		if err := tr.Await(t.Context(), put(t, s, mesh.Meshes.Make("", "default", &mesh.MeshSpec{}), dataplane("a", "web", "grpc"))); err != nil {
+			t.Fatal(err)
+		}
+		rev, err := s.Put(t.Context(), store.Remove(mesh.Dataplanes.Key("default", "a")))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := tr.Await(t.Context(), rev); err != nil {
+			t.Fatal(err)
+		}
+		m := tr.Now().Mesh("default")
+		if m.Protocol("web") != "" || m.Remembered("web") != "grpc" || m.Remembered("other") != "" {
+			t.Errorf("protocol %q, remembered %q", m.Protocol("web"), m.Remembered("web"))
+		}
+	})
+}
