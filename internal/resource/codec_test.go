@@ -67,6 +67,8 @@ func boxes() (spec, flat resource.Type[boxSpec]) {
 		resource.Define[boxSpec](resource.Kind{Name: "FlatBox", Plural: "flatboxes"}, nil)
 }
 
+// TestDecode has HRD-06 among its cases: what is checked is what is read, in
+// documents that say a thing twice or in other capitals.
 func TestDecode(t *testing.T) {
 	spec, flat := boxes()
 	minute := resource.Duration{Duration: time.Minute}
@@ -191,7 +193,7 @@ func TestDecodeUnreadable(t *testing.T) {
 	}
 }
 
-// TestDecodeLimits is about documents that are made to cost much.
+// TestDecodeLimits is HRD-25: documents that are made to cost much.
 func TestDecodeLimits(t *testing.T) {
 	spec, _ := boxes()
 	deep := strings.Repeat(`{"next":`, 5000) + "{}" + strings.Repeat("}", 5000)
@@ -295,7 +297,7 @@ func TestFreezeThaw(t *testing.T) {
 	}
 }
 
-// FuzzDecode feeds any bytes to both shapes, strict and lenient. What is
+// FuzzDecode is HRD-09 and HRD-06: it feeds any bytes to both shapes, strict and lenient. What is
 // accepted must come back the same from what the API shows and from what a
 // store keeps, and what strict accepts, lenient reads alike.
 func FuzzDecode(f *testing.F) {

@@ -233,6 +233,8 @@ func TestFirstStarts(t *testing.T) {
 	}
 }
 
+// TestHidden is HRD-26: a resource that can't be read does not stop the others,
+// nor the control plane. It is kept for the version that can read it.
 func TestHidden(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "kuma.db")
 	types := storetest.NewTypes()
@@ -271,6 +273,7 @@ func TestHidden(t *testing.T) {
 	same(t, open(t, path), want, revision+2)
 }
 
+// TestLimits is HRD-25: what is kept has a limit.
 func TestLimits(t *testing.T) {
 	s := open(t, filepath.Join(t.TempDir(), "kuma.db"))
 	for _, c := range []struct {
