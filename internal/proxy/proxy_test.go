@@ -33,7 +33,12 @@ func generator() *proxy.Generator {
 // generate makes and packs the configuration of a Dataplane of mesh default.
 func generate(t testing.TB, g *proxy.Generator, pic *state.Picture, name string) (*envoy.Config, envoy.Resources) {
 	t.Helper()
-	c, err := g.Generate(pic, proxy.Proxy{Key: mesh.Dataplanes.Key("default", name), AccessLogPath: "/tmp/denials"})
+	return generateTo(t, g, pic, name, "/tmp/denials")
+}
+
+func generateTo(t testing.TB, g *proxy.Generator, pic *state.Picture, name, log string) (*envoy.Config, envoy.Resources) {
+	t.Helper()
+	c, err := g.Generate(pic, proxy.Proxy{Key: mesh.Dataplanes.Key("default", name), AccessLogPath: log})
 	if err != nil {
 		t.Fatal(err)
 	}
