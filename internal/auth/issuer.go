@@ -2,7 +2,6 @@ package auth
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -12,8 +11,9 @@ import (
 	"kuma/internal/token"
 )
 
-// ErrIssuerOff says that this control plane issues no tokens of this sort.
-var ErrIssuerOff = errors.New("issuing tokens using the control plane is disabled.")
+// ErrIssuerOff says, in the contract's words, that this control plane issues no
+// tokens of this sort.
+var ErrIssuerOff error = &errs.Error{Kind: errs.Invalid, Message: "issuing tokens using the control plane is disabled."}
 
 // IssuerConfig is what an Issuer needs.
 type IssuerConfig struct {

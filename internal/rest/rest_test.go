@@ -62,8 +62,10 @@ func newAPI(t *testing.T, change ...func(*rest.Config, *auth.AccessConfig)) *api
 	if _, err := a.store.Put(t.Context(), writes...); err != nil {
 		t.Fatal(err)
 	}
-	users := auth.DefaultUsers()
-	a.issuer = auth.NewIssuer(auth.IssuerConfig{Users: users, Proxies: auth.DefaultProxies(), Secrets: secrets, Log: log})
+	users, proxies := auth.DefaultUsers(), auth.DefaultProxies()
+	// One sort of token is not issued, for the answer to that.
+	proxies.ZoneProxy.ZoneToken.EnableIssuer = t.Name() != "TestIssuerOff"
+	a.issuer = auth.NewIssuer(auth.IssuerConfig{Users: users, Proxies: proxies, Secrets: secrets, Log: log})
 	var err error
 	if a.admin, err = a.issuer.AdminToken(t.Context()); err != nil {
 		t.Fatal(err)
@@ -456,4 +458,40 @@ func TestTokens(t *testing.T) {
 			t.Errorf("%s %s (-want +got):\n%s", c.path, c.body, d)
 		}
 	}
+}
+
+func TestIssuerOff(t *testing.T) {
+	a := newAPI(t)
+	got := parseError(t, a.do(a.admin, "POST", "/tokens/zone", `{"zone":"z1","scope":["ingress"]}`))
+	if d := cmp.Diff(stdError{400, "Could not issue a token", "issuing tokens using the control plane is disabled.", nil}, got); d != "" {
+		t.Error(d)
+	}
+}
+
+// TestSecret holds the contract's JSON of a secret (security.md 7.2).
+func TestSecret(t *testing.T) {
+	a := newAPI(t)
+	a.want(a.put("/meshes/default/secrets/x", `{"type":"Secret","mesh":"default","name":"x","data":"aGVsbG8="}`), 201, "{}\n")
+	a.want(a.put("/meshes/default/secrets/x", `{"type":"Secret","mesh":"default","name":"x","data":"aGVsbG8="}`), 200, "{}\n")
+	var got map[string]any
+	if err := json.Unmarshal(a.get("/meshes/default/secrets/x").Body.Bytes(), &got); err != nil {
+		t.Fatal(err)
+	}
+	delete(got, "creationTime")
+	delete(got, "modificationTime")
+	if d := cmp.Diff(map[string]any{"type": "Secret", "mesh": "default", "name": "x", "data": "aGVsbG8=", "labels": map[string]any{"kuma.io/mesh": "default"}}, got); d != "" {
+		t.Error(d)
+	}
+	for _, path := range []string{"/global-secrets", "/globalsecrets", "/secrets", "/meshes/default/secrets", "/global-secrets/user-token-signing-key-1"} {
+		a.want(a.get(path), 200)
+	}
+	a.want(a.put("/global-secrets/empty", `{"type":"GlobalSecret","name":"empty"}`), 201)
+}
+
+func TestLenient(t *testing.T) {
+	a := newAPI(t, func(c *rest.Config, _ *auth.AccessConfig) { c.Lenient = true })
+	a.want(a.put("/meshes/m", `{"type":"Mesh","name":"m","mtsl":{}}`), 201)
+	// Fields that the server itself gives out are never unknown.
+	strict := newAPI(t)
+	strict.want(strict.put("/zones/z", `{"type":"Zone","name":"z","kri":"x","creationTime":"2020-01-01T00:00:00Z","status":{}}`), 201)
 }

@@ -60,7 +60,8 @@ func (s *Server) issued(w http.ResponseWriter, r *request, what, text string, er
 	const title = "Could not issue a token"
 	switch {
 	case errors.Is(err, auth.ErrIssuerOff):
-		return &titled{title, err.Error(), errs.Fields(errs.Field{Path: "issuer", Message: "is switched off by the configuration"})}
+		s.answer(w, http.StatusBadRequest, problem{Type: "/std-errors", Status: http.StatusBadRequest, Title: title, Detail: err.Error(), Details: err.Error()})
+		return nil
 	case errs.Is(err, errs.NotFound):
 		return &titled{"Signing Key not found", err.Error(), err}
 	case errs.Is(err, errs.Invalid):
