@@ -34,7 +34,7 @@ type Credentials interface {
 	Required() bool
 	// Check returns an error of kind Unauthenticated or Denied that says why the
 	// token does not cover the Dataplane.
-	Check(ctx context.Context, token string, dp *resource.Resource) error
+	Check(ctx context.Context, token string, dp mesh.Dataplane) error
 }
 
 // Config is what a Server needs.
@@ -148,7 +148,7 @@ func (s *Server) answer(ctx context.Context, host string, body []byte) (*Respons
 		return nil, err
 	}
 	if s.cfg.Credentials.Required() {
-		if err := s.cfg.Credentials.Check(ctx, req.DataplaneToken, dp.Resource); err != nil {
+		if err := s.cfg.Credentials.Check(ctx, req.DataplaneToken, dp); err != nil {
 			switch errs.KindOf(err) {
 			case errs.Unauthenticated:
 				return nil, refuse(http.StatusUnauthorized, "%v", err)

@@ -123,6 +123,11 @@ type APIServer struct {
 	HTTPS  HTTPS `json:"https"`
 	// Authn is how callers are authenticated.
 	Authn auth.UsersConfig `json:"authn"`
+	// CORSAllowedDomains are origins, or regular expressions of them, whose
+	// pages may call the API.
+	CORSAllowedDomains []string `json:"corsAllowedDomains"`
+	// BasePath is put before all paths.
+	BasePath string `json:"basePath"`
 	// Timeouts of connections.
 	ReadHeaderTimeout time.Duration `json:"readHeaderTimeout"`
 	ReadTimeout       time.Duration `json:"readTimeout"`
@@ -142,11 +147,23 @@ type HTTPS struct {
 	Enabled   bool   `json:"enabled"`
 	Interface string `json:"interface"`
 	Port      uint32 `json:"port"`
+	// TLSCertFile and TLSKeyFile are this server's own pair; empty means the
+	// general one.
+	TLSCertFile string `json:"tlsCertFile"`
+	TLSKeyFile  string `json:"tlsKeyFile"`
+	// RequireClientCert and TLSCAFile are refused: this version can't demand
+	// client certificates, and must not seem to.
+	RequireClientCert bool   `json:"requireClientCert"`
+	TLSCAFile         string `json:"tlsCaFile"`
 }
 
 // DPServer is the server that proxies connect to.
 type DPServer struct {
 	Port uint32 `json:"port"`
+	// TLSCertFile and TLSKeyFile are this server's own pair; empty means the
+	// general one.
+	TLSCertFile string `json:"tlsCertFile"`
+	TLSKeyFile  string `json:"tlsKeyFile"`
 	// ReadHeaderTimeout bounds how long a request's headers may take.
 	ReadHeaderTimeout time.Duration `json:"readHeaderTimeout"`
 	// GracefulShutdownTimeout bounds how long streams have to end.
@@ -244,7 +261,7 @@ func Default() Config {
 			Strict: true,
 			HTTP:   HTTP{Enabled: true, Interface: "0.0.0.0", Port: 5681},
 			HTTPS:  HTTPS{Enabled: true, Interface: "0.0.0.0", Port: 5682},
-			Authn:  auth.DefaultUsers(),
+			Authn:  auth.DefaultUsers(), CORSAllowedDomains: []string{}, BasePath: "/",
 
 			ReadHeaderTimeout: time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute,
 		},

@@ -13,13 +13,13 @@ import (
 	"time"
 
 	"kuma/internal/errs"
+	"kuma/internal/xds"
 )
 
-// listen opens a TCP port. A peer that vanishes without a word is noticed after
-// 8 s: an idle connection is probed after 5 s, three times, a second apart
-// (envoy.md 9.2); this costs nothing while traffic flows.
+// listen opens a TCP port whose connections notice within seconds that the
+// other side is gone. The setting is named where the port can't be had.
 func listen(what, setting, host string, port uint32) (net.Listener, error) {
-	lc := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interval: time.Second, Count: 3}}
+	lc := xds.ListenConfig()
 	l, err := lc.Listen(context.Background(), "tcp", net.JoinHostPort(host, fmt.Sprint(port)))
 	if errors.Is(err, syscall.EADDRINUSE) {
 		return nil, errs.New(errs.Unavailable, "%s can't listen on port %d: another program does (another control plane?); end it, or choose another port with %s", what, port, setting)
@@ -33,9 +33,8 @@ func listen(what, setting, host string, port uint32) (net.Listener, error) {
 // tlsVersions are the contract's names.
 var tlsVersions = map[string]uint16{"": 0, "TLSv1_2": tls.VersionTLS12, "TLSv1_3": tls.VersionTLS13}
 
-// serverTLS is the TLS configuration of all servers.
-func serverTLS(g General, certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)) (*tls.Config, error) {
-	c := &tls.Config{GetCertificate: certificate}
+// serverTLS sets the versions and suites of a server's TLS configuration.
+func serverTLS(g General, c *tls.Config) (*tls.Config, error) {
 	for _, v := range []struct {
 		key, name string
 		into      *uint16

@@ -30,6 +30,17 @@ func (w *work) permissions() {
 	}
 }
 
+// Permits reports whether a TrafficPermission has a destination among the
+// Dataplane's inbounds.
+func Permits(p *mesh.TrafficPermissionSpec, d *mesh.DataplaneSpec) bool {
+	for _, tags := range d.TagSets() {
+		if _, ok := rank(p, tags); ok {
+			return true
+		}
+	}
+	return false
+}
+
 // permission returns the most specific TrafficPermission for an inbound, or nil.
 // Among equals the one made last decides.
 func (w *work) permission(tags map[string]string) *mesh.TrafficPermission {

@@ -60,6 +60,10 @@ type Node struct {
 	AdminSocket  string
 	AdminAddress string
 	AdminPort    uint32
+	// Workdir is kuma-dp's working directory.
+	Workdir string
+	// Own: the proxy is run by our own kuma-dp, which says its instance.
+	Own bool
 	// Transparent: traffic is redirected to the proxy.
 	Transparent bool
 }
@@ -96,6 +100,8 @@ func ParseNode(n *corev3.Node, remote string) (*Node, error) {
 		Instance:     text(fields, "dataplane.instance"),
 		Dataplane:    text(fields, "dataplane.resource"),
 		AdminSocket:  text(fields, "dataplane.admin.socketPath"),
+		Workdir:      text(fields, "workdir"),
+		Own:          text(fields, "dataplane.instance") != "",
 		AdminAddress: text(fields, "dataplane.admin.address"),
 		AdminPort:    port(fields, "dataplane.admin.port"),
 		Transparent:  fields["transparentProxy"].GetStructValue() != nil,

@@ -362,6 +362,17 @@ func (r *Registry) Find(key Key) (Info, bool) {
 	return s.info(), true
 }
 
+// Node returns what the proxy said of itself on its ADS stream, or nil where
+// none is open.
+func (r *Registry) Node(key Key) *Node {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if s := r.sessions[key]; s != nil && s.streams[ADS] != nil {
+		return s.streams[ADS].Node
+	}
+	return nil
+}
+
 // Count returns how many proxies are here.
 func (r *Registry) Count() int {
 	r.mu.Lock()

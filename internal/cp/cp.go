@@ -1,0 +1,494 @@
+// Package cp assembles a control plane from its parts; it is the only place
+// where they meet.
+package cp
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	stdlog "log"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/uuid"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+
+	"kuma/internal/admit"
+	"kuma/internal/auth"
+	"kuma/internal/bootstrap"
+	"kuma/internal/catalog"
+	"kuma/internal/conf"
+	"kuma/internal/errs"
+	"kuma/internal/identity"
+	"kuma/internal/insight"
+	"kuma/internal/link"
+	"kuma/internal/mesh"
+	"kuma/internal/pki"
+	"kuma/internal/pki/builtin"
+	"kuma/internal/proxy"
+	"kuma/internal/rest"
+	"kuma/internal/session"
+	"kuma/internal/state"
+	"kuma/internal/store"
+	"kuma/internal/store/boltstore"
+	"kuma/internal/store/memstore"
+	"kuma/internal/upkeep"
+	"kuma/internal/xds"
+)
+
+// ControlPlane is a control plane whose ports are open and whose store is
+// prepared. Run serves.
+type ControlPlane struct {
+	cfg Config
+	log *slog.Logger
+
+	store   store.Store
+	close   func() error
+	certs   *pki.ControlPlane
+	tracker *state.Tracker
+	keeper  *upkeep.Keeper
+
+	sessions *session.Registry
+	insights *insight.Recorder
+
+	// The servers, each with its listener.
+	http        []server
+	proxies     *splitter
+	grpc        *grpc.Server
+	bootstrap   *http.Server
+	ready       atomic.Bool
+	diagnostics net.Listener
+}
+
+// server is an HTTP server with its listener; tls says whether it speaks TLS.
+type server struct {
+	*http.Server
+	net.Listener
+	tls bool
+}
+
+// New opens the store, the certificates and the ports, and prepares what must
+// be there before anyone is served. It reads from top to bottom.
+func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, err error) {
+	if err := cfg.check(); err != nil {
+		return nil, fmt.Errorf("configuration: %w", err)
+	}
+	c := &ControlPlane{cfg: cfg, log: log, close: func() error { return nil }}
+	defer func() {
+		if err != nil {
+			c.shut()
+		}
+	}()
+	zone, build, instance := cfg.Multizone.Zone.Name, conf.Build(), instanceID()
+
+	// What is kept, and the control plane's own certificates.
+	dir, err := cfg.workDir()
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, errs.New(errs.Unavailable, "make the work directory: %w; choose another one with KUMA_GENERAL_WORK_DIR", err)
+	}
+	if err := c.openStore(filepath.Join(dir, "kuma.db")); err != nil {
+		return nil, err
+	}
+	c.certs, err = pki.OpenControlPlane(pki.ControlPlaneConfig{Dir: dir, CertFile: cfg.General.TLSCertFile, KeyFile: cfg.General.TLSKeyFile})
+	if err != nil {
+		return nil, err
+	}
+	for _, w := range c.certs.Warnings() {
+		log.Warn("the control plane's own certificate", "warning", w)
+	}
+	if c.certs.Made() {
+		log.Info("made an authority for the control plane's own certificate; give this file to clients as --ca-cert-file", "file", filepath.Join(dir, pki.CAFile))
+	}
+
+	// The picture, and who keeps it in order.
+	kinds := catalog.Kinds()
+	c.tracker = state.New(state.Config{Store: c.store, Quiet: cfg.XDSServer.QuietPeriod, Max: cfg.XDSServer.MaxDelay, Log: log.With("logger", "state")})
+	c.keeper = upkeep.New(upkeep.Config{
+		Store: c.store, Tracker: c.tracker, Kinds: kinds, Zone: zone, ServiceGrace: cfg.MeshService.DeletionGracePeriod,
+		SkipMesh: cfg.Defaults.SkipMeshCreation, RoutingResources: cfg.Defaults.CreateMeshRoutingResources,
+		AdminToken: cfg.APIServer.Authn.Tokens.BootstrapAdminToken, Authority: newAuthority, Log: log.With("logger", "upkeep"),
+	})
+	if err := c.keeper.Prepare(ctx); err != nil {
+		return nil, err
+	}
+
+	// Who may do what.
+	keys := secrets{c.store}
+	hint := ""
+	if cfg.Store.Type == "memory" {
+		hint = "kuma-cp runs with an in-memory database and its state is not kept over restarts: if it was restarted, generate a new token"
+	}
+	users, err := auth.NewAuthenticator(auth.AuthenticatorConfig{Users: cfg.APIServer.Authn, Secrets: keys, Hint: hint, Log: log.With("logger", "auth")})
+	if err != nil {
+		return nil, err
+	}
+	access, err := auth.NewAccess(cfg.Access)
+	if err != nil {
+		return nil, err
+	}
+	checker, err := auth.NewProxyChecker(auth.ProxyCheckerConfig{Proxies: cfg.DPServer.Authn, Secrets: keys, Hint: hint, Log: log.With("logger", "auth")})
+	if err != nil {
+		return nil, err
+	}
+	tokens := auth.NewIssuer(auth.IssuerConfig{Users: cfg.APIServer.Authn, Proxies: cfg.DPServer.Authn, Secrets: keys, Log: log.With("logger", "auth")})
+	gate := admit.New(admit.Config{
+		Store: c.store, Access: access, Zone: zone, ReadOnly: cfg.APIServer.ReadOnly, UnsafeDelete: cfg.Store.UnsafeDelete,
+		Meshes: c.keeper, Log: log.With("logger", "admit"),
+	})
+
+	// Proxies: what they get, who is here, and the doors to them.
+	generator := proxy.New(proxy.Config{Policies: catalog.Policies(), Zone: zone, InternalCIDRs: cfg.IPAM.KnownInternalCIDRs})
+	issuer := identity.New(identity.Config{Picture: c.tracker.Now})
+	c.sessions = session.New(session.Config{
+		Tracker: c.tracker, Store: c.store, Gate: gate, Credentials: checker, Delay: deregistration(cfg.XDSServer.DataplaneDeregistrationDelay),
+		Grace: cfg.XDSServer.ReturnDelay, Log: log.With("logger", "session"),
+	})
+	c.insights = insight.New(insight.Config{
+		Store: c.store, Tracker: c.tracker, Instance: instance, Every: cfg.XDSServer.DataplaneStatusFlushInterval,
+		Grace: cfg.XDSServer.ReturnDelay, Log: log.With("logger", "insight"),
+	})
+	gen := generation{generator: generator}
+	ads := xds.New(xds.Config{
+		Tracker: c.tracker, Sessions: c.sessions, Generator: gen, Issuer: issuer, Insights: c.insights,
+		Health:    health(cfg.DPServer.HDS),
+		RetryBase: cfg.General.CertGenerationBaseBackoff, RetryMax: cfg.General.CertGenerationMaxBackoff, Log: log.With("logger", "xds"),
+	})
+	links := link.New(link.Config{
+		Tracker: c.tracker, Sessions: c.sessions, Issuer: issuer, Insights: c.insights, Instance: instance,
+		RetryBase: cfg.General.CertGenerationBaseBackoff, RetryMax: cfg.General.CertGenerationMaxBackoff, Log: log.With("logger", "link"),
+	})
+	c.grpc = grpc.NewServer(xds.ServerOptions()...)
+	ads.Register(c.grpc)
+	links.Register(c.grpc)
+
+	// The proxies' port.
+	dpCerts, err := c.pair("dpServer", cfg.DPServer.TLSCertFile, cfg.DPServer.TLSKeyFile)
+	if err != nil {
+		return nil, err
+	}
+	dpTLS, err := serverTLS(cfg.General, dpCerts.TLS())
+	if err != nil {
+		return nil, err
+	}
+	l, err := listen("the server for proxies", "KUMA_DP_SERVER_PORT", "", cfg.DPServer.Port)
+	if err != nil {
+		return nil, err
+	}
+	c.proxies = newSplitter(l, dpTLS)
+	boot := cfg.BootstrapServer.Params
+	mux := http.NewServeMux()
+	mux.Handle("/bootstrap", bootstrap.New(bootstrap.Config{
+		Picture: c.tracker.Now, Credentials: bootstrapCredentials{checker}, CA: dpCerts.CA, Hosts: dpCerts.SANs,
+		XDSHost: boot.XDSHost, XDSPort: boot.XDSPort, Port: cfg.DPServer.Port,
+		AdminAddress: boot.AdminAddress, AdminPort: boot.AdminPort, AdminUnixSocket: boot.EnvoyAdminUnixSocket, AdminAccessLogPath: boot.AdminAccessLogPath,
+		ReadinessPort: boot.ReadinessPort, ConnectTimeout: boot.XDSConnectTimeout, HDS: cfg.DPServer.HDS.Enabled,
+		Lenient: !cfg.APIServer.Strict, Log: log.With("logger", "bootstrap"),
+	}))
+	c.bootstrap = &http.Server{
+		Handler: c.whenReady(mux), ReadHeaderTimeout: cfg.DPServer.ReadHeaderTimeout, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
+		IdleTimeout: 30 * time.Second, MaxHeaderBytes: 64 << 10, ErrorLog: quiet(log),
+	}
+
+	// The API's ports.
+	host, _ := os.Hostname()
+	api, err := rest.New(rest.Config{
+		Kinds: kinds, Store: c.store, Gate: gate, Access: access, Authn: users, Issuer: tokens,
+		Index: rest.Index{
+			Product: build.Product, Version: build.Version, InstanceID: instance, ClusterID: "", Hostname: host, BasedOnKuma: contract,
+		},
+		Settings:  func() ([]byte, error) { return conf.Redacted(cfg) },
+		Inspector: inspector{links}, Explainer: explainer{generator, c.tracker, c.sessions},
+		Lenient: !cfg.APIServer.Strict, ReadOnly: cfg.APIServer.ReadOnly, BasePath: cfg.APIServer.BasePath,
+		CORSAllowedDomains: cfg.APIServer.CORSAllowedDomains, Log: log.With("logger", "rest"),
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := c.openAPI(api, users); err != nil {
+		return nil, err
+	}
+	if c.diagnostics, err = listen("the diagnostics server", "KUMA_DIAGNOSTICS_SERVER_PORT", "", cfg.Diagnostics.ServerPort); err != nil {
+		return nil, err
+	}
+	c.posture()
+	return c, nil
+}
+
+// contract is the version of Kuma whose observable contract this one keeps.
+const contract = "2.14"
+
+func instanceID() string {
+	host, err := os.Hostname()
+	if err != nil {
+		host = "kuma-cp"
+	}
+	return host + "-" + uuid.NewString()[:4]
+}
+
+// deregistration turns the contract's "no delay" into session's.
+func deregistration(d time.Duration) time.Duration {
+	if d == 0 {
+		return -1
+	}
+	return d
+}
+
+func health(h HDS) xds.HealthConfig {
+	d := h.CheckDefaults
+	return xds.HealthConfig{
+		Interval: h.Interval, Timeout: d.Timeout, CheckInterval: d.Interval, NoTrafficInterval: d.NoTrafficInterval,
+		HealthyThreshold: d.HealthyThreshold, UnhealthyThreshold: d.UnhealthyThreshold,
+	}
+}
+
+// newAuthority makes the secrets of a mesh's builtin authority.
+func newAuthority(meshName string, b *mesh.Backend) (cert, key []byte, err error) {
+	settings, err := builtin.ParseConf(b.Conf)
+	if err != nil {
+		return nil, nil, err
+	}
+	root, err := builtin.NewRoot(meshName, settings)
+	return root.Cert, root.Key, err
+}
+
+func (c *ControlPlane) openStore(path string) error {
+	if c.cfg.Store.Type == "memory" {
+		c.store = memstore.New()
+		return nil
+	}
+	s, err := boltstore.Open(boltstore.Config{Path: path, Kinds: catalog.Kinds(), Log: c.log.With("logger", "store")})
+	if err != nil {
+		return err
+	}
+	c.store, c.close = s, s.Close
+	return nil
+}
+
+// pair is a server's own certificate where it has one, else the general one.
+func (c *ControlPlane) pair(what, cert, key string) (*pki.ControlPlane, error) {
+	if cert == "" {
+		return c.certs, nil
+	}
+	p, err := pki.OpenControlPlane(pki.ControlPlaneConfig{CertFile: cert, KeyFile: key})
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", what, err)
+	}
+	return p, nil
+}
+
+// openAPI opens the ports of the API.
+func (c *ControlPlane) openAPI(api *rest.Server, users *auth.Authenticator) error {
+	cfg := c.cfg.APIServer
+	newServer := func() *http.Server {
+		return &http.Server{
+			Handler: api.Handler(), ConnContext: users.ConnContext, ReadHeaderTimeout: cfg.ReadHeaderTimeout, ReadTimeout: cfg.ReadTimeout,
+			WriteTimeout: cfg.WriteTimeout, IdleTimeout: cfg.IdleTimeout, MaxHeaderBytes: 64 << 10, ErrorLog: quiet(c.log),
+		}
+	}
+	if cfg.HTTP.Enabled {
+		l, err := listen("the API server", "KUMA_API_SERVER_HTTP_PORT", cfg.HTTP.Interface, cfg.HTTP.Port)
+		if err != nil {
+			return err
+		}
+		c.http = append(c.http, server{newServer(), l, false})
+	}
+	if cfg.HTTPS.Enabled {
+		certs, err := c.pair("apiServer.https", cfg.HTTPS.TLSCertFile, cfg.HTTPS.TLSKeyFile)
+		if err != nil {
+			return err
+		}
+		t, err := serverTLS(c.cfg.General, certs.TLS())
+		if err != nil {
+			return err
+		}
+		l, err := listen("the API server", "KUMA_API_SERVER_HTTPS_PORT", cfg.HTTPS.Interface, cfg.HTTPS.Port)
+		if err != nil {
+			return err
+		}
+		s := newServer()
+		s.TLSConfig = t
+		c.http = append(c.http, server{s, l, true})
+	}
+	return nil
+}
+
+// quiet keeps what clients do wrong in a handshake out of the log at info.
+func quiet(log *slog.Logger) *stdlog.Logger { return slog.NewLogLogger(log.Handler(), slog.LevelDebug) }
+
+// whenReady answers 503 until the first picture is there.
+func (c *ControlPlane) whenReady(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !c.ready.Load() {
+			http.Error(w, "the control plane is starting", http.StatusServiceUnavailable)
+			return
+		}
+		h.ServeHTTP(w, r)
+	})
+}
+
+// posture says at start what is more open than it could be.
+func (c *ControlPlane) posture() {
+	if c.cfg.APIServer.Authn.LocalhostIsAdmin {
+		c.log.Info("callers on this machine who run as this user or as root are administrators without a token; KUMA_API_SERVER_AUTHN_LOCALHOST_IS_ADMIN=false ends it")
+	}
+	if c.cfg.APIServer.HTTP.Enabled && !loopback(c.cfg.APIServer.HTTP.Interface) {
+		c.log.Info("the API is served without TLS too, on all interfaces; KUMA_API_SERVER_HTTP_INTERFACE=127.0.0.1 or KUMA_API_SERVER_HTTP_ENABLED=false ends it", "port", c.cfg.APIServer.HTTP.Port)
+	}
+	if c.cfg.Access.Anonymous == auth.AnonymousContract {
+		c.log.Warn("callers without a credential may read and write most resources, as the original lets them; KUMA_ACCESS_ANONYMOUS=closed ends it")
+	}
+	if c.cfg.DPServer.Authn.DPProxy.Type == auth.ProxyNone {
+		c.log.Warn("proxies need no credential: any may claim to be any other; KUMA_DP_SERVER_AUTHN_DP_PROXY_TYPE=dpToken ends it")
+	}
+}
+
+func loopback(host string) bool {
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
+}
+
+// shut closes what New opened.
+func (c *ControlPlane) shut() {
+	for _, s := range c.http {
+		_ = s.Listener.Close()
+	}
+	if c.proxies != nil {
+		_ = c.proxies.Listener.Close()
+	}
+	if c.diagnostics != nil {
+		_ = c.diagnostics.Close()
+	}
+	if err := c.close(); err != nil && !errors.Is(err, fs.ErrClosed) {
+		c.log.Error("close the store", "error", err)
+	}
+}
+
+// Run serves until ctx ends or a part fails, then ends everything: first the
+// doors, then what they rest on.
+func (c *ControlPlane) Run(ctx context.Context) error {
+	defer c.shut()
+	doors, closeDoors := context.WithCancel(ctx)
+	defer closeDoors()
+	inner, closeInner := context.WithCancel(context.WithoutCancel(ctx))
+	defer closeInner()
+
+	g, failed := errgroup.WithContext(doors)
+	context.AfterFunc(failed, closeDoors)
+	var parts errgroup.Group
+	part := func(name string, run func(context.Context) error) {
+		parts.Go(func() error {
+			err := run(inner)
+			if err != nil {
+				err = fmt.Errorf("%s: %w", name, err)
+				c.log.Error("a part of the control plane failed", "error", err)
+			}
+			closeDoors()
+			return err
+		})
+	}
+	part("tracker", c.tracker.Run)
+	part("upkeep", c.keeper.Run)
+	part("sessions", c.sessions.Run)
+	part("insights", c.insights.Run)
+	part("certificates", func(ctx context.Context) error {
+		return c.certs.Run(ctx, func(err error) { c.log.Error("renew the control plane's certificate", "error", err) })
+	})
+
+	g.Go(func() error {
+		select {
+		case <-c.tracker.Ready():
+			c.ready.Store(true)
+			c.log.Info("ready", "version", conf.Build().Version, "proxies", c.proxies.Addr().String(), "store", c.cfg.Store.Type, "pid", os.Getpid())
+		case <-doors.Done():
+		}
+		return nil
+	})
+	for _, s := range c.http {
+		g.Go(func() error { return s.run(doors) })
+	}
+	diagnostics := server{&http.Server{
+		Handler: c.diagnose(), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, ErrorLog: quiet(c.log),
+	}, c.diagnostics, false}
+	g.Go(func() error { return diagnostics.run(doors) })
+	g.Go(c.proxies.run)
+	g.Go(func() error {
+		if err := c.grpc.Serve(c.proxies.grpc); err != nil && !errors.Is(err, net.ErrClosed) && !errors.Is(err, grpc.ErrServerStopped) {
+			return err
+		}
+		return nil
+	})
+	bootServer := server{c.bootstrap, c.proxies.http, false}
+	g.Go(func() error { return bootServer.run(doors) })
+	g.Go(func() error {
+		<-doors.Done()
+		_ = c.proxies.Listener.Close()
+		c.grpc.Stop() // streams end; proxies go on with what they have
+		return nil
+	})
+	err := g.Wait()
+	closeInner()
+	if partErr := parts.Wait(); err == nil {
+		err = partErr
+	}
+	c.log.Info("stopped")
+	return err
+}
+
+// run serves until ctx ends.
+func (s server) run(ctx context.Context) error {
+	stop := context.AfterFunc(ctx, func() {
+		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+		defer cancel()
+		if s.Shutdown(grace) != nil {
+			_ = s.Server.Close()
+		}
+	})
+	defer stop()
+	var err error
+	if s.tls {
+		err = s.ServeTLS(s.Listener, "", "")
+	} else {
+		err = s.Serve(s.Listener)
+	}
+	if errors.Is(err, http.ErrServerClosed) || errors.Is(err, net.ErrClosed) {
+		return nil
+	}
+	return err
+}
+
+// diagnose is the diagnostics port: whether the control plane is alive, and
+// whether it serves.
+func (c *ControlPlane) diagnose() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthy", func(http.ResponseWriter, *http.Request) {})
+	mux.HandleFunc("GET /ready", func(w http.ResponseWriter, _ *http.Request) {
+		if !c.ready.Load() {
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}
+	})
+	return mux
+}
+
+// bootstrapCredentials lets the bootstrap verify tokens as the streams do.
+type bootstrapCredentials struct{ checker *auth.ProxyChecker }
+
+func (b bootstrapCredentials) Required() bool { return !b.checker.Off() }
+
+func (b bootstrapCredentials) Check(ctx context.Context, token string, d mesh.Dataplane) error {
+	p, err := b.checker.Verify(ctx, d.Mesh, d.Name, strings.TrimSpace(token))
+	if err != nil {
+		return err
+	}
+	return p.Covers(d)
+}

@@ -1,0 +1,125 @@
+package cp
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"kuma/internal/conf"
+	"kuma/internal/errs"
+)
+
+// Ignored are the contract's settings that have no meaning here, with the
+// reason that the operator is told.
+func ignored() map[string]string {
+	const (
+		kubernetes = "this control plane runs without Kubernetes"
+		polling    = "changes are pushed as they happen; nothing is polled"
+		zones      = "this version serves one zone, without a global control plane"
+		postgres   = "this version keeps its state in a file or in memory"
+		later      = "this version does not have the part that it configures"
+	)
+	return map[string]string{
+		"runtime.kubernetes": kubernetes, "KUMA_RUNTIME_KUBERNETES_*": kubernetes, "KUMA_INJECTOR_*": kubernetes,
+		"store.kubernetes": kubernetes, "experimental.kubeOutboundsAsVIPs": kubernetes, "experimental.sidecarContainers": kubernetes,
+		"store.postgres": postgres, "store.cache": "reads are served from memory and never stale", "store.upsert": "writes that collide are planned anew at once",
+		"xdsServer.dataplaneConfigurationRefreshInterval": polling, "xdsServer.nackBackoff": "what Envoy refused is sent again when it changes",
+		"dpServer.hds.refreshInterval": polling, "runtime.universal": polling, "meshService.generationInterval": polling,
+		"meshService.labelPropagation": later, "coreResources": later, "policies": later, "ipam": later, "dnsServer": later,
+		"metrics.mesh": later, "metrics.zone": zones, "metrics.controlPlane": later, "metrics.openTelemetry": later, "metrics.dataplane.idleTimeout": polling,
+		"multizone.global": zones, "multizone.zone": zones, "interCp": zones, "KUMA_MULTIZONE_*": zones,
+		"monitoringAssignmentServer": later, "tracing": later, "reports": "this product reports to nobody", "eventBus": polling,
+		"experimental": later, "proxy": later, "defaults.skipTenantResources": later, "defaults.SkipHostnameGenerators": later,
+		"KUMA_DEFAULTS_SKIP_HOSTNAME_GENERATORS": later,
+		"general.dnsCacheTTL":                    later, "general.resilientComponentBaseBackoff": later, "general.resilientComponentMaxBackoff": later,
+		"general.certGenerationCircuitBreakerMinProxies": later,
+		"apiServer.gui": later, "apiServer.rootUrl": later, "apiServer.auth": later,
+		"bootstrapServer.params.xdsGrpcMaxReceiveMessageBytes": "Envoy's own gRPC client has no such limit",
+		"bootstrapServer.params.corefileTemplatePath":          later,
+		"diagnostics.debugEndpoints":                           later,
+	}
+}
+
+// Load reads the configuration: defaults, the file (if any), the environment.
+// Warnings are for the operator.
+func Load(file string, env []string) (Config, []string, error) {
+	c := Default()
+	warnings, err := conf.Load(&c, conf.Options{File: file, Env: env, Ignored: ignored()})
+	if err != nil {
+		return c, warnings, err
+	}
+	return c, warnings, c.check()
+}
+
+// check finds what can't be served.
+func (c *Config) check() error {
+	var bad []errs.Field
+	add := func(path, format string, args ...any) {
+		bad = append(bad, errs.Field{Path: path, Message: fmt.Sprintf(format, args...)})
+	}
+	if c.Environment != "universal" {
+		add("environment", "%q is not served by this version; use \"universal\"", c.Environment)
+	}
+	if c.Mode != "zone" && c.Mode != "standalone" {
+		add("mode", "%q is not served by this version; use \"zone\"", c.Mode)
+	}
+	if c.Store.Type != "file" && c.Store.Type != "memory" {
+		add("store.type", "%q is not served by this version; use \"file\" or \"memory\"", c.Store.Type)
+	}
+	if c.Multizone.Zone.Name == "" || len(c.Multizone.Zone.Name) > 63 {
+		add("multizone.zone.name", "must have 1 to 63 characters")
+	}
+	if !c.APIServer.HTTP.Enabled && !c.APIServer.HTTPS.Enabled {
+		add("apiServer", "both http.enabled and https.enabled are false; nobody could reach this control plane")
+	}
+	if c.APIServer.HTTPS.RequireClientCert || c.APIServer.HTTPS.TLSCAFile != "" {
+		add("apiServer.https.requireClientCert", "client certificates are not demanded by this version; remove the setting, and mind that user tokens guard the API")
+	}
+	for _, p := range []struct {
+		path      string
+		cert, key string
+	}{
+		{"general", c.General.TLSCertFile, c.General.TLSKeyFile}, {"dpServer", c.DPServer.TLSCertFile, c.DPServer.TLSKeyFile},
+		{"apiServer.https", c.APIServer.HTTPS.TLSCertFile, c.APIServer.HTTPS.TLSKeyFile},
+	} {
+		if (p.cert == "") != (p.key == "") {
+			add(p.path, "tlsCertFile and tlsKeyFile are both needed, or neither")
+		}
+	}
+	for _, p := range []struct {
+		path string
+		port uint32
+	}{
+		{"apiServer.http.port", c.APIServer.HTTP.Port}, {"apiServer.https.port", c.APIServer.HTTPS.Port}, {"dpServer.port", c.DPServer.Port},
+		{"diagnostics.serverPort", c.Diagnostics.ServerPort},
+	} {
+		if p.port < 1 || p.port > 65535 {
+			add(p.path, "%d is not a port: it must be in the range [1, 65535]", p.port)
+		}
+	}
+	for _, d := range []struct {
+		path string
+		v    time.Duration
+	}{
+		{"xdsServer.quietPeriod", c.XDSServer.QuietPeriod}, {"xdsServer.maxDelay", c.XDSServer.MaxDelay},
+		{"xdsServer.dataplaneStatusFlushInterval", c.XDSServer.DataplaneStatusFlushInterval}, {"dpServer.hds.interval", c.DPServer.HDS.Interval},
+	} {
+		if d.v <= 0 {
+			add(d.path, "must be positive")
+		}
+	}
+	return errs.Fields(bad...)
+}
+
+// workDir is where certificates and the store's file are.
+func (c *Config) workDir() (string, error) {
+	if c.General.WorkDir != "" {
+		return filepath.Abs(c.General.WorkDir)
+	}
+	home, err := os.UserHomeDir()
+	if err != nil {
+		return "", errs.New(errs.Invalid, "there is no home directory for the work directory: set KUMA_GENERAL_WORK_DIR")
+	}
+	return filepath.Join(home, ".kuma"), nil
+}
