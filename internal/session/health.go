@@ -13,9 +13,10 @@ import (
 )
 
 // SetHealth writes the measured states of the Dataplane's inbounds, by their
-// place in it, if they differ from what is stored at this version. It returns
-// false where the Dataplane has changed meanwhile: measure again.
-func (st *Stream) SetHealth(ctx context.Context, d mesh.Dataplane, ready map[int]bool) (bool, error) {
+// place in it, if they differ from the Dataplane's. Wrote tells whether they
+// did; done is false where the Dataplane has changed meanwhile: try again with
+// the new one.
+func (st *Stream) SetHealth(ctx context.Context, d mesh.Dataplane, ready map[int]bool) (wrote, done bool, err error) {
 	changed := false
 	spec := d.Spec.Clone()
 	for _, i := range slices.Sorted(maps.Keys(ready)) {
@@ -33,13 +34,13 @@ func (st *Stream) SetHealth(ctx context.Context, d mesh.Dataplane, ready map[int
 		}
 	}
 	if !changed || st.Leaving() {
-		return true, nil
+		return false, true, nil
 	}
 	made := *d.Resource
 	made.Spec = spec
-	_, err := st.reg.cfg.Gate.Put(ctx, auth.ControlPlane(), admit.Change{Resource: &made, If: store.Condition{Version: d.Version}, Measured: true})
+	_, err = st.reg.cfg.Gate.Put(ctx, auth.ControlPlane(), admit.Change{Resource: &made, If: store.Condition{Version: d.Version}, Measured: true})
 	if errs.Is(err, errs.Conflict) {
-		return false, nil
+		return false, false, nil
 	}
-	return err == nil, err
+	return err == nil, err == nil, err
 }

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -420,7 +421,7 @@ func (a *adsStream) again() {
 }
 
 // identify reads who opens a stream.
-func (s *Server) identify(ctx context.Context, n nodeMessage) (*session.Node, string, error) {
+func (s *Server) identify(ctx context.Context, n *corev3.Node) (*session.Node, string, error) {
 	node, err := session.ParseNode(n, session.Remote(ctx))
 	if err != nil {
 		return nil, "", err
