@@ -241,7 +241,7 @@ func bootstrap(ctx context.Context, cfg *Config, t *trust, r *bootstrapRequest) 
 		return nil, errs.New(errs.Internal, "write the bootstrap request: %w", err)
 	}
 	transport := &http.Transport{
-		TLSClientConfig: t.tls(), Proxy: http.ProxyFromEnvironment, DisableKeepAlives: true,
+		TLSClientConfig: t.tls(), DisableKeepAlives: true,
 		DialContext: (&net.Dialer{Timeout: bootstrapTimeout}).DialContext, TLSHandshakeTimeout: bootstrapTimeout,
 	}
 	client := &http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
@@ -308,4 +308,3 @@ func hasIPv6() bool {
 	_ = l.Close()
 	return true
 }
-

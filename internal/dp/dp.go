@@ -242,19 +242,28 @@ func (p *proxy) run(ctx, life context.Context, running *sync.WaitGroup, v envoyV
 	if err != nil {
 		return err
 	}
-	broken := make(chan error, 1)
+	var broken <-chan error
 	if p.link != nil {
 		p.link.mu.Lock()
 		p.link.admin = a
 		p.link.mu.Unlock()
-		running.Go(func() { broken <- p.link.run(life) })
-		select {
-		case <-p.link.welcomed:
-		case <-p.link.absent:
-		case err := <-broken:
-			return err
-		case <-ctx.Done():
-			return errs.New(errs.Unavailable, "stopped before the control plane took this proxy in: %w", context.Cause(ctx))
+		end := make(chan error, 1)
+		broken = end
+		running.Go(func() { end <- p.link.run(life) })
+		for waiting := true; waiting; {
+			select {
+			case <-p.link.welcomed:
+				waiting = false
+			case <-p.link.absent:
+				waiting = false
+			case err := <-broken:
+				if err != nil {
+					return err
+				}
+				broken = nil
+			case <-ctx.Done():
+				return errs.New(errs.Unavailable, "stopped before the control plane took this proxy in: %w", context.Cause(ctx))
+			}
 		}
 	}
 	args := envoyArgs(p.cfg, v, file)

@@ -113,7 +113,10 @@ func TestRunAndStop(t *testing.T) {
 	if draining := <-told; draining {
 		t.Error("draining began before leaving was announced")
 	}
-	r.until("terminating", func() bool { code, body, by := r.ready(); return code == 503 && body == "TERMINATING" && by == "kuma-dp" })
+	r.until("terminating", func() bool {
+		code, body, by := r.ready()
+		return code == 503 && body == "TERMINATING" && by == "kuma-dp"
+	})
 	if err := r.end(); err != nil {
 		t.Errorf("ended with %v", err)
 	}

@@ -463,4 +463,3 @@ func readPage(ctx context.Context, a *admin, path string, chunk func([]byte) boo
 		}
 	}
 }
-

@@ -102,6 +102,10 @@ func runCommand(out *logOutput, env func(string) string, stdin io.Reader, stderr
 		for _, w := range warnings {
 			log.Warn(w)
 		}
+		if env("GOMEMLIMIT") == "" {
+			// What lives is a few megabytes; this keeps garbage from piling up.
+			debug.SetMemoryLimit(softMemory)
+		}
 		cfg.Log, cfg.Stdin, cfg.LogLevel, cfg.Path = log, stdin, out.level, env("PATH")
 		pod := ""
 		if name := env("POD_NAME"); name != "" {
@@ -119,6 +123,9 @@ func runCommand(out *logOutput, env func(string) string, stdin io.Reader, stderr
 	}
 	return cmd
 }
+
+// softMemory is where the garbage collector begins to work harder, in bytes.
+const softMemory = 20 << 20
 
 // build reads what the Go tool has put into this program.
 func build() Build {

@@ -200,8 +200,36 @@ func (e *envoy) stop(patience time.Duration) {
 type envoyLog struct {
 	log *slog.Logger
 
+	// seen says when a warning was last written, so that one which Envoy
+	// repeats at each of its attempts is shown once a minute.
+	seen map[string]time.Time
+
 	mu   sync.Mutex
 	last string
+}
+
+const (
+	repeatInterval = time.Minute
+	maxSeen        = 64
+)
+
+// repeated reports whether a message was written within the last minute.
+// Numbers in it don't count: they are times and connections.
+func (l *envoyLog) repeated(message string, now time.Time) bool {
+	key := strings.Map(func(r rune) rune {
+		if r >= '0' && r <= '9' || r == '.' {
+			return -1
+		}
+		return r
+	}, message)
+	if at, ok := l.seen[key]; ok && now.Sub(at) < repeatInterval {
+		return true
+	}
+	if l.seen == nil || len(l.seen) >= maxSeen {
+		l.seen = map[string]time.Time{}
+	}
+	l.seen[key] = now
+	return false
 }
 
 // maxLogLine bounds a line of Envoy's log; longer ones are cut.
@@ -244,6 +272,9 @@ func (l *envoyLog) line(s string, before slog.Level) slog.Level {
 	}
 	if level >= slog.LevelError {
 		l.remember(message)
+	}
+	if level >= slog.LevelWarn && l.repeated(message, time.Now()) {
+		shown = slog.LevelDebug
 	}
 	l.log.Log(context.Background(), shown, "envoy", "text", strings.TrimSpace(message), "component", component, "at", at)
 	return shown
@@ -319,4 +350,3 @@ func envoyLevels(name string) (slog.Level, bool) {
 	}
 	return 0, false
 }
-

@@ -93,11 +93,11 @@ type verdict struct {
 // judge decides whether the proxy can serve (envoy.md 2.2 and 9.6).
 func (s *state) judge(ctx context.Context) verdict {
 	s.mu.Lock()
-	a, terminating, linked, complete := s.admin, s.terminating, s.linked, s.complete
+	a, ending, linked, complete := s.admin, s.terminating, s.linked, s.complete
 	rejections, refusal := s.rejections, s.refusal
 	s.mu.Unlock()
-	if terminating {
-		return own("TERMINATING")
+	if ending {
+		return own(terminating)
 	}
 	if !complete && refusal != "" {
 		return own("refused by the control plane: " + refusal)
@@ -120,6 +120,9 @@ func (s *state) judge(ctx context.Context) verdict {
 	}
 	return verdict{ready: true, page: p}
 }
+
+// terminating is what /ready answers after a request to stop.
+const terminating = "TERMINATING"
 
 // own is an answer that kuma-dp makes itself.
 func own(body string) verdict {
@@ -182,9 +185,10 @@ func (s *state) watch(ctx context.Context, tell func(ready bool, reason string))
 			tell(v.ready, reason)
 			if v.ready != wasReady {
 				wasReady = v.ready
-				if v.ready {
+				switch {
+				case v.ready:
 					s.log.Info("the proxy is ready", "after", time.Since(began).Round(time.Millisecond))
-				} else {
+				case reason != terminating:
 					s.log.Warn("the proxy is not ready any more", "reason", reason)
 				}
 			}
