@@ -219,7 +219,7 @@ func (e explainer) Rules(_ context.Context, meshName, name string) ([]rest.RuleS
 				set.ToResourceRules = append(set.ToResourceRules, struct {
 					KRI string `json:"kri"`
 					conf
-				}{to.KRI, conf{o.Conf, origins(o.Origins)}})
+				}{to.KRI.String(), conf{o.Conf, origins(o.Origins)}})
 				continue
 			}
 			set.ToRules = append(set.ToRules, struct {
