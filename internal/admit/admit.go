@@ -107,7 +107,7 @@ func (g *Gate) Try(ctx context.Context, caller auth.Caller, changes ...Change) (
 }
 
 func (g *Gate) put(ctx context.Context, caller auth.Caller, dry bool, changes []Change) ([]Result, error) {
-	unlock := g.lock(slices.ContainsFunc(changes, func(c Change) bool { return c.Resource.Kind.Name == mesh.Meshes.Name }))
+	unlock := g.lock(!dry && slices.ContainsFunc(changes, func(c Change) bool { return c.Resource.Kind.Name == mesh.Meshes.Name }))
 	defer unlock()
 	for attempt := 1; ; attempt++ {
 		results, writes, err := g.plan(ctx, caller, changes)
