@@ -44,16 +44,16 @@ unit: ## what needs nothing but Go
 	cd bench/meshload && go test ./...
 
 e2e: build ## end to end: Envoy of this version, and a smoke test with the oldest supported
-	export ENVOY="$(call envoy_path,$(ENVOY_VERSION))" BIN="$(CURDIR)/bin"; \
+	ENVOY="$(call envoy_path,$(ENVOY_VERSION))"; export ENVOY BIN="$(CURDIR)/bin"; \
 	go test -tags e2e -count=1 -timeout 15m ./test/e2e/...
 	tools/e2e-smoke.sh $(if $(ENVOY),,$(ENVOY_OLDEST))
 
 test-long: build ## what takes long by its nature: every Envoy, long fuzzing, endurance
-	export ENVOY="$(call envoy_path,$(ENVOY_VERSION))" BIN="$(CURDIR)/bin"; \
+	ENVOY="$(call envoy_path,$(ENVOY_VERSION))"; export ENVOY BIN="$(CURDIR)/bin"; \
 	go test -tags 'e2e long' -count=1 -timeout 60m ./...
 	for version in $(ENVOY_BETWEEN) $(ENVOY_OLDEST); do \
 		echo "end to end with Envoy $$version"; \
-		ENVOY=$$(tools/get-envoy.sh $$version) BIN="$(CURDIR)/bin" go test -tags e2e -count=1 -timeout 15m ./test/e2e/...; \
+		ENVOY=$$(tools/get-envoy.sh $$version); export ENVOY BIN="$(CURDIR)/bin"; go test -tags e2e -count=1 -timeout 15m ./test/e2e/...; \
 	done
 	tools/fuzz.sh 2m
 
@@ -69,7 +69,7 @@ generate: ## make everything that is generated
 demo: build ## the main job, shown step by step; KEEP=1 leaves it running
 	@mkdir -p build
 	go build -o build/ ./test/demo
-	@export ENVOY="$(call envoy_path,$(ENVOY_VERSION))" BIN="$(CURDIR)/bin" KEEP="$(KEEP)"; exec build/demo
+	@envoy="$(call envoy_path,$(ENVOY_VERSION))"; KEEP="$(KEEP)" exec build/demo -bin bin -envoy "$$envoy"
 
 bench: build ## the load harness into build/meshload; docs/performance.md tells how it is used
 	@mkdir -p build
@@ -83,7 +83,7 @@ race: ## unit tests of the packages with goroutines, under the race detector
 	tools/race.sh
 
 envoy: ## print the path of the Envoy used in tests, after fetching it
-	@echo "$(call envoy_path,$(ENVOY_VERSION))"
+	@envoy="$(call envoy_path,$(ENVOY_VERSION))"; echo "$$envoy"
 
 clean: ## remove what build made; caches outside the checkout stay
 	rm -rf bin build
