@@ -262,7 +262,7 @@ func command(t *testing.T, args ...string) (code int, out, errOut string) {
 
 func TestCommands(t *testing.T) {
 	t.Parallel()
-	if code, out, _ := command(t, "version"); code != 0 || !strings.HasPrefix(out, "kuma-dp: ") {
+	if code, out, _ := command(t, "version"); code != 0 || !strings.HasPrefix(out, "Kuma: ") {
 		t.Errorf("version: %d %q", code, out)
 	}
 	if code, out, _ := command(t, "version", "-a"); code != 0 || !strings.Contains(out, "Git Commit:") {

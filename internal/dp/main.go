@@ -18,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 	"gopkg.in/natefinch/lumberjack.v2"
 
+	"kuma/internal/conf"
 	"kuma/internal/errs"
 )
 
@@ -127,35 +128,21 @@ func runCommand(out *logOutput, env func(string) string, stdin io.Reader, stderr
 // softMemory is where the garbage collector begins to work harder, in bytes.
 const softMemory = 20 << 20
 
-// build reads what the Go tool has put into this program.
+// build says which build this is, as the control plane wants to hear it.
 func build() Build {
-	b := Build{Version: "0.0.0-preview"}
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return b
-	}
-	if v := info.Main.Version; v != "" && v != "(devel)" {
-		b.Version, b.GitTag = v, v
-	}
-	for _, s := range info.Settings {
-		switch s.Key {
-		case "vcs.revision":
-			b.GitCommit = s.Value
-		case "vcs.time":
-			b.BuildDate = s.Value
-		}
-	}
-	return b
+	b := conf.Build()
+	return Build{Version: b.Version, GitCommit: b.GitCommit, BuildDate: b.BuildDate}
 }
 
 func versionCommand(stdout io.Writer) *cobra.Command {
 	var detailed bool
 	cmd := &cobra.Command{Use: "version", Short: "Print the version", Args: cobra.NoArgs, RunE: func(*cobra.Command, []string) error {
-		b := build()
-		fmt.Fprintln(stdout, "kuma-dp:", b.Version)
-		if detailed {
-			fmt.Fprintf(stdout, "  Git Tag:    %s\n  Git Commit: %s\n  Build Date: %s\n", b.GitTag, b.GitCommit, b.BuildDate)
+		b := conf.Build()
+		if !detailed {
+			fmt.Fprintln(stdout, b.Product+":", b.Version)
+			return nil
 		}
+		fmt.Fprintf(stdout, "Product:    %s\nVersion:    %s\nGit Commit: %s\nBuild Date: %s\n", b.Product, b.Version, b.GitCommit, b.BuildDate)
 		return nil
 	}}
 	cmd.Flags().BoolVarP(&detailed, "detailed", "a", false, "print where it was built from too")
