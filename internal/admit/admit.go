@@ -30,7 +30,9 @@ type MeshHook interface {
 
 // Config is what a Gate needs.
 type Config struct {
-	Store  store.Store
+	// Store is where resources are kept.
+	Store store.Store
+	// Access says who may write what.
 	Access *auth.Access
 	// Zone is this control plane's zone.
 	Zone string

@@ -49,7 +49,9 @@ type StaticAccess struct {
 
 // Principals are users by name and groups by name.
 type Principals struct {
-	Users  []string `json:"users"`
+	// Users are names of users.
+	Users []string `json:"users"`
+	// Groups are names of groups; one in common suffices.
 	Groups []string `json:"groups"`
 }
 

@@ -17,8 +17,10 @@ var ErrIssuerOff error = &errs.Error{Kind: errs.Invalid, Message: "issuing token
 
 // IssuerConfig is what an Issuer needs.
 type IssuerConfig struct {
+	// Users and Proxies are the configuration: which tokens are issued.
 	Users   UsersConfig
 	Proxies ProxiesConfig
+	// Secrets is where keys are.
 	Secrets Secrets
 	// Log may be nil.
 	Log *slog.Logger
@@ -39,18 +41,25 @@ func NewIssuer(c IssuerConfig) *Issuer {
 // DataplaneRequest asks for a dataplane token; JSON as POST /tokens/dataplane
 // has it.
 type DataplaneRequest struct {
-	Name     string              `json:"name"`
-	Mesh     string              `json:"mesh"`
-	Tags     map[string][]string `json:"tags"`
-	Type     string              `json:"type"`
-	Workload string              `json:"workload"`
+	// Name is the only Dataplane that may use the token; empty means any.
+	Name string `json:"name"`
+	// Mesh is the mesh whose key signs, and in which the token counts.
+	Mesh string `json:"mesh"`
+	// Tags lists the values that each tag may have.
+	Tags map[string][]string `json:"tags"`
+	// Type is dataplane, ingress, egress, or empty.
+	Type string `json:"type"`
+	// Workload is what the label kuma.io/workload must be; empty means any.
+	Workload string `json:"workload"`
 	// ValidFor is the token's life in Go's syntax; empty means ten years.
 	ValidFor string `json:"validFor"`
 }
 
 // ZoneRequest asks for a zone token.
 type ZoneRequest struct {
-	Zone  string   `json:"zone"`
+	// Zone is the only zone in which the token counts.
+	Zone string `json:"zone"`
+	// Scope lists what it is for: "ingress", "egress".
 	Scope []string `json:"scope"`
 	// ValidFor is the token's life in Go's syntax; empty means ten years.
 	ValidFor string `json:"validFor"`
@@ -58,7 +67,9 @@ type ZoneRequest struct {
 
 // UserRequest asks for a user token.
 type UserRequest struct {
-	Name   string   `json:"name"`
+	// Name is the user's.
+	Name string `json:"name"`
+	// Groups are the user's.
 	Groups []string `json:"groups"`
 	// ValidFor is the token's life in Go's syntax.
 	ValidFor string `json:"validFor"`

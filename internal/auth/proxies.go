@@ -73,7 +73,9 @@ func DefaultProxies() ProxiesConfig {
 
 // ProxyCheckerConfig is what a ProxyChecker needs.
 type ProxyCheckerConfig struct {
+	// Proxies is the configuration.
 	Proxies ProxiesConfig
+	// Secrets is where keys and revocations are.
 	Secrets Secrets
 	// Hint is added to the error of a token that does not verify.
 	Hint string

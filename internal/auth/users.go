@@ -42,7 +42,9 @@ func DefaultUsers() UsersConfig {
 
 // AuthenticatorConfig is what an Authenticator needs.
 type AuthenticatorConfig struct {
-	Users   UsersConfig
+	// Users is the configuration.
+	Users UsersConfig
+	// Secrets is where keys and revocations are.
 	Secrets Secrets
 	// Owner tells who owns a socket; nil means KernelSocketOwner.
 	Owner SocketOwner

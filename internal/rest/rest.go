@@ -28,11 +28,13 @@ import (
 // Index is what GET / tells everyone.
 type Index struct {
 	// Product is "Kuma": the contract's clients look at it.
-	Product    string
-	Version    string
-	InstanceID string
-	ClusterID  string
-	Hostname   string
+	Product string
+	// Version is the control plane's own.
+	Version string
+	// InstanceID names this process, ClusterID all that share its store.
+	InstanceID, ClusterID string
+	// Hostname is the machine's.
+	Hostname string
 	// BasedOnKuma is the contract's version that this one offers; may be empty.
 	BasedOnKuma string
 }
@@ -69,15 +71,20 @@ type Attachment struct {
 }
 
 // RuleSet is what one kind of policy comes to for a proxy, in the contract's
-// form; each part is written as JSON as it is, nil as nothing.
+// form; each part is written as JSON as it is, nil as an empty list.
 type RuleSet struct {
-	Type            string   `json:"type"`
-	ToRules         []any    `json:"toRules"`
-	ToResourceRules []any    `json:"toResourceRules"`
-	FromRules       []any    `json:"fromRules"`
-	InboundRules    []any    `json:"inboundRules"`
-	ProxyRule       any      `json:"proxyRule,omitempty"`
-	Warnings        []string `json:"warnings"`
+	// Type is the policy's kind.
+	Type string `json:"type"`
+	// ToRules and ToResourceRules are for destinations.
+	ToRules         []any `json:"toRules"`
+	ToResourceRules []any `json:"toResourceRules"`
+	// FromRules and InboundRules are for callers.
+	FromRules    []any `json:"fromRules"`
+	InboundRules []any `json:"inboundRules"`
+	// ProxyRule is for the proxy as a whole; may be nil.
+	ProxyRule any `json:"proxyRule,omitempty"`
+	// Warnings are for people.
+	Warnings []string `json:"warnings"`
 }
 
 // Explainer tells what the control plane makes of its resources. Errors are
@@ -97,13 +104,20 @@ type Explainer interface {
 
 // Config is what a Server needs.
 type Config struct {
-	Kinds  []*resource.Kind
-	Store  store.Store
-	Gate   *admit.Gate
+	// Kinds are the kinds that the API offers.
+	Kinds []*resource.Kind
+	// Store is read from; writes go through Gate.
+	Store store.Store
+	// Gate takes all writes.
+	Gate *admit.Gate
+	// Access says who may do what.
 	Access *auth.Access
-	Authn  *auth.Authenticator
+	// Authn says who calls.
+	Authn *auth.Authenticator
+	// Issuer makes tokens; nil means that there are no routes for that.
 	Issuer *auth.Issuer
-	Index  Index
+	// Index is what GET / tells.
+	Index Index
 	// Settings is the control plane's configuration, for GET /config. Secrets
 	// are masked here as well.
 	Settings func() ([]byte, error)
