@@ -170,12 +170,12 @@ func allowName(in *Inbound) string { return "kuma:rbac:allow:" + in.Name }
 // always there: a listener waits for what it names.
 func (e *encoder) permissions(in *Inbound) {
 	for _, f := range []struct {
-		name string
+		name, prefix string
 		rbac rbac
-	}{{denyName(in), in.Access.denials()}, {allowName(in), in.Access.allowances()}} {
+	}{{denyName(in), "deny.", in.Access.denials()}, {allowName(in), "", in.Access.allowances()}} {
 		e.add(ExtensionType, f.name, &corev3.TypedExtensionConfig{
 			Name:        f.name,
-			TypedConfig: e.any(&httprbacv3.RBAC{Rules: f.rbac.rules, Matcher: f.rbac.matcher, ShadowRules: f.rbac.shadow}),
+			TypedConfig: e.any(&httprbacv3.RBAC{RulesStatPrefix: f.prefix, Rules: f.rbac.rules, Matcher: f.rbac.matcher, ShadowRules: f.rbac.shadow}),
 		})
 	}
 }
