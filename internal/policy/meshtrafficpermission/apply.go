@@ -82,8 +82,9 @@ func tagsOf(t *policy.TargetRef) map[string]string {
 }
 
 // disjoint turns ordered entries into denials and allowances that need no
-// order. A denial leaves out the callers whom a later entry allows; an
-// allowance needs no such care, for a denial is looked at first.
+// order. A denial, and a shadow one, leaves out the callers for whom a later
+// entry decides otherwise; an allowance needs no such care, for denials are
+// looked at first.
 func disjoint(meshName string, items []item, access *envoy.Access) {
 	for i, it := range items {
 		later := items[i+1:]
@@ -100,7 +101,7 @@ func disjoint(meshName string, items []item, access *envoy.Access) {
 		}
 		all := []envoy.Caller{callers}
 		for _, l := range later {
-			if l.action != Deny && l.action != it.action && intersect(l.tags, it.tags) {
+			if l.action != it.action && intersect(l.tags, it.tags) {
 				not := caller(meshName, l.tags)
 				all = append(all, envoy.Caller{Not: &not})
 			}
