@@ -6,9 +6,7 @@ package e2e
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -41,6 +39,7 @@ type room struct {
 
 func open(t *testing.T) *room {
 	t.Helper()
+	t.Parallel()
 	bin, envoy := os.Getenv("BIN"), os.Getenv("ENVOY")
 	if bin == "" || envoy == "" {
 		t.Fatal("BIN and ENVOY must be set: run make e2e")
@@ -103,81 +102,6 @@ func (r *room) port() int {
 	p, err := r.Ports(1)
 	r.must(err)
 	return p[0]
-}
-
-// service starts a service on a port and returns the port; calls is the URL
-// that its /ask calls, if any.
-func (r *room) service(name, calls string) int {
-	r.Helper()
-	port := r.port()
-	args := []string{"service", "-name", name, "-listen", fmt.Sprintf("127.0.0.1:%d", port)}
-	if calls != "" {
-		args = append(args, "-calls", calls)
-	}
-	p, err := r.Start("service-"+name, nil, r.self[0], args...)
-	r.must(err)
-	r.must(r.Await(r.ctx, p, name+" answers", func() error {
-		code, _, err := lab.Get(fmt.Sprintf("http://127.0.0.1:%d/", port))
-		if err == nil && code != http.StatusOK {
-			err = fmt.Errorf("%d", code)
-		}
-		return err
-	}))
-	return port
-}
-
-// mtls is a mesh with mutual TLS.
-func mtls(mode string) string {
-	return "type: Mesh\nname: default\nmtls:\n  enabledBackend: ca-1\n  backends:\n  - name: ca-1\n    type: builtin\n    mode: " + mode + "\n"
-}
-
-// inbound describes a proxy with one inbound, and outbounds to services.
-func inbound(name, protocol string, port, service int, outbounds map[int]string) string {
-	y := fmt.Sprintf(`type: Dataplane
-mesh: default
-name: %s
-labels: {app: %s}
-networking:
-  address: 127.0.0.1
-  inbound:
-  - port: %d
-    servicePort: %d
-    serviceAddress: 127.0.0.1
-    tags: {kuma.io/service: %s, kuma.io/protocol: %s}
-`, name, name, port, service, name, protocol)
-	if len(outbounds) > 0 {
-		y += "  outbound:\n"
-		for p, s := range outbounds {
-			y += fmt.Sprintf("  - port: %d\n    tags: {kuma.io/service: %s}\n", p, s)
-		}
-	}
-	return y
-}
-
-// ask has a service call the one behind its outbound.
-func ask(port int) (story.Asked, error) {
-	var a story.Asked
-	err := lab.GetJSON(fmt.Sprintf("http://127.0.0.1:%d/ask", port), &a)
-	if err == nil && a.Error != "" {
-		err = errors.New(a.Error)
-	}
-	return a, err
-}
-
-// awaitStatus waits until a service's calls are answered with the status.
-func (r *room) awaitStatus(port, status int) story.Asked {
-	r.Helper()
-	ctx, cancel := context.WithTimeout(r.ctx, 20*time.Second)
-	defer cancel()
-	var a story.Asked
-	r.must(r.Await(ctx, nil, fmt.Sprintf("the answer is %d", status), func() error {
-		var err error
-		if a, err = ask(port); err == nil && a.Status != status {
-			err = fmt.Errorf("%d %s", a.Status, a.Body)
-		}
-		return err
-	}))
-	return a
 }
 
 // teller tells a story into a test's log.

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -32,39 +33,59 @@ type Lab struct {
 
 	mu    sync.Mutex
 	procs []*Process
-	ports map[int]bool
+	// blocks hold the blocks of ports; the next port to give out is in the last
+	// one, which ends before endPort.
+	blocks            []net.Listener
+	nextPort, endPort int
 }
 
 // New makes a lab in a directory.
 func New(dir, bin, envoy string) *Lab {
-	return &Lab{Dir: dir, Bin: bin, Envoy: envoy, ports: map[int]bool{}}
+	return &Lab{Dir: dir, Bin: bin, Envoy: envoy}
 }
 
-// Ports returns n ports that nobody listens on, none of which this lab gave out
-// before.
+// A lab's ports come in blocks, below those that the kernel gives to outgoing
+// connections. Who listens on the first port of a block owns the block.
+const (
+	firstPort, lastPort = 10240, 32768
+	blockSize           = 32
+)
+
+// Ports returns n ports that nobody listens on, none of which this lab, or
+// another on this machine, gave out before.
 func (l *Lab) Ports(n int) ([]int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	var out []int
-	var held []net.Listener
-	defer func() {
-		for _, h := range held {
-			_ = h.Close()
-		}
-	}()
 	for len(out) < n {
-		h, err := net.Listen("tcp4", "127.0.0.1:0")
+		if l.nextPort == l.endPort {
+			if err := l.claim(); err != nil {
+				return nil, err
+			}
+		}
+		p := l.nextPort
+		l.nextPort++
+		h, err := net.Listen("tcp4", fmt.Sprintf("127.0.0.1:%d", p))
 		if err != nil {
-			return nil, err
+			continue // a stranger's
 		}
-		held = append(held, h)
-		p := h.Addr().(*net.TCPAddr).Port
-		l.mu.Lock()
-		if !l.ports[p] {
-			l.ports[p] = true
-			out = append(out, p)
-		}
-		l.mu.Unlock()
+		_ = h.Close()
+		out = append(out, p)
 	}
 	return out, nil
+}
+
+// claim takes a block of ports that nobody owns.
+func (l *Lab) claim() error {
+	for _, i := range rand.Perm((lastPort - firstPort) / blockSize) {
+		p := firstPort + i*blockSize
+		if h, err := net.Listen("tcp4", fmt.Sprintf("127.0.0.1:%d", p)); err == nil {
+			l.blocks = append(l.blocks, h)
+			l.nextPort, l.endPort = p+1, p+blockSize
+			return nil
+		}
+	}
+	return errors.New("all ports for labs are in use")
 }
 
 // File writes a file of the lab and returns its path.
@@ -180,6 +201,12 @@ func (l *Lab) Close() {
 			<-p.done
 		}
 	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, b := range l.blocks {
+		_ = b.Close()
+	}
+	l.blocks, l.nextPort, l.endPort = nil, 0, 0
 }
 
 // ControlPlane is a kuma-cp and how to reach it.

@@ -1,0 +1,255 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/health"
+	"google.golang.org/grpc/health/grpc_health_v1"
+)
+
+// site is a workload that speaks HTTP/1.1, and HTTP/2 without TLS.
+type site struct {
+	name string
+	port int
+	// requests counts those that reached it.
+	requests atomic.Int64
+	// broken makes it answer 503.
+	broken atomic.Bool
+}
+
+// told is a site's answer: what it saw of a request.
+type told struct {
+	Site, Protocol, Caller string
+	Header                 http.Header
+}
+
+// site starts a workload. /slow?for=1s answers late.
+func (r *room) site(name string) *site {
+	r.Helper()
+	s := &site{name: name}
+	srv := &http.Server{Handler: s, ReadHeaderTimeout: 5 * time.Second, Protocols: new(http.Protocols)}
+	srv.Protocols.SetHTTP1(true)
+	srv.Protocols.SetUnencryptedHTTP2(true)
+	l := r.listen()
+	s.port = port(l)
+	go func() { _ = srv.Serve(l) }()
+	r.Cleanup(func() { _ = srv.Close() })
+	return s
+}
+
+func (s *site) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	s.requests.Add(1)
+	if d, err := time.ParseDuration(r.URL.Query().Get("for")); err == nil {
+		select {
+		case <-time.After(d):
+		case <-r.Context().Done():
+		}
+	}
+	if s.broken.Load() {
+		w.WriteHeader(http.StatusServiceUnavailable)
+		return
+	}
+	_ = json.NewEncoder(w).Encode(told{Site: s.name, Protocol: r.Proto, Caller: r.Header.Get("x-forwarded-client-cert"), Header: r.Header})
+}
+
+// listen opens a free port for a workload in this process.
+func (r *room) listen() net.Listener {
+	r.Helper()
+	l, err := net.Listen("tcp4", fmt.Sprintf("127.0.0.1:%d", r.port()))
+	r.must(err)
+	return l
+}
+
+func port(l net.Listener) int { return l.Addr().(*net.TCPAddr).Port }
+
+// echo starts a workload that greets each TCP connection with its name and
+// then says what it hears.
+func (r *room) echo(name string) int {
+	r.Helper()
+	l := r.listen()
+	r.Cleanup(func() { _ = l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				_, _ = io.WriteString(c, name+"\n")
+				_, _ = io.Copy(c, c)
+			}()
+		}
+	}()
+	return port(l)
+}
+
+// healthService starts a workload that serves grpc.health.v1.
+func (r *room) healthService() int {
+	r.Helper()
+	srv := grpc.NewServer()
+	grpc_health_v1.RegisterHealthServer(srv, health.NewServer())
+	l := r.listen()
+	go func() { _ = srv.Serve(l) }()
+	r.Cleanup(srv.Stop)
+	return port(l)
+}
+
+// checkHealth calls grpc.health.v1 through a port of this host.
+func (r *room) checkHealth(port int) error {
+	conn, err := grpc.NewClient(fmt.Sprintf("passthrough:///127.0.0.1:%d", port), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(r.ctx, 3*time.Second)
+	defer cancel()
+	out, err := grpc_health_v1.NewHealthClient(conn).Check(ctx, &grpc_health_v1.HealthCheckRequest{})
+	if err == nil && out.GetStatus() != grpc_health_v1.HealthCheckResponse_SERVING {
+		err = fmt.Errorf("it says %s", out.GetStatus())
+	}
+	return err
+}
+
+// answer is what came back for a request.
+type answer struct {
+	status int
+	body   string
+	told   told
+	header http.Header
+}
+
+// client keeps its connections.
+func client(two bool) *http.Client {
+	t := &http.Transport{Protocols: new(http.Protocols)}
+	t.Protocols.SetHTTP1(!two)
+	t.Protocols.SetUnencryptedHTTP2(two)
+	return &http.Client{Timeout: 10 * time.Second, Transport: t}
+}
+
+// fetch makes a request to a port of this host.
+func (r *room) fetch(c *http.Client, port int, path string, header ...string) (answer, error) {
+	req, err := http.NewRequestWithContext(r.ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d%s", port, path), nil)
+	if err != nil {
+		return answer{}, err
+	}
+	for i := 0; i < len(header); i += 2 {
+		req.Header.Add(header[i], header[i+1])
+	}
+	res, err := c.Do(req)
+	if err != nil {
+		return answer{}, err
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(res.Body, 1<<20))
+	if err != nil {
+		return answer{}, err
+	}
+	a := answer{status: res.StatusCode, body: string(b), header: res.Header}
+	_ = json.Unmarshal(b, &a.told)
+	return a, nil
+}
+
+// get makes a request over a connection of its own.
+func (r *room) get(port int, path string, header ...string) (answer, error) {
+	c := client(false)
+	defer c.CloseIdleConnections()
+	return r.fetch(c, port, path, header...)
+}
+
+// answers waits until a GET through the port has the status.
+func (r *room) answers(port, status int) answer {
+	r.Helper()
+	var a answer
+	r.await(fmt.Sprintf("port %d answers %d", port, status), func() error {
+		var err error
+		if a, err = r.get(port, "/"); err == nil && a.status != status {
+			err = fmt.Errorf("%d %s", a.status, a.body)
+		}
+		return err
+	})
+	return a
+}
+
+// line is a TCP connection to an echo.
+type line struct {
+	net.Conn
+	r *bufio.Reader
+}
+
+// dial connects to an echo and reads its greeting.
+func dial(port int) (*line, string, error) {
+	c, err := net.DialTimeout("tcp4", "127.0.0.1:"+strconv.Itoa(port), 3*time.Second)
+	if err != nil {
+		return nil, "", err
+	}
+	l := &line{c, bufio.NewReader(c)}
+	_ = c.SetDeadline(time.Now().Add(3 * time.Second))
+	hello, err := l.r.ReadString('\n')
+	if err != nil {
+		_ = c.Close()
+		return nil, "", err
+	}
+	return l, strings.TrimSpace(hello), nil
+}
+
+// say says something and expects it to come back.
+func (l *line) say(s string) error {
+	_ = l.SetDeadline(time.Now().Add(3 * time.Second))
+	if _, err := io.WriteString(l, s+"\n"); err != nil {
+		return err
+	}
+	back, err := l.r.ReadString('\n')
+	if err == nil && back != s+"\n" {
+		err = fmt.Errorf("%q came back for %q", back, s)
+	}
+	return err
+}
+
+// greets waits until an echo behind the port greets with its name.
+func (r *room) greets(port int, name string) *line {
+	r.Helper()
+	var l *line
+	r.await(fmt.Sprintf("port %d greets", port), func() error {
+		c, hello, err := dial(port)
+		if err != nil {
+			return err
+		}
+		if hello != name {
+			_ = c.Close()
+			return fmt.Errorf("%q", hello)
+		}
+		l = c
+		return nil
+	})
+	r.Cleanup(func() { _ = l.Close() })
+	return l
+}
+
+// closed waits until the peer ends the connection.
+func (l *line) closed(within time.Duration) error {
+	_ = l.SetReadDeadline(time.Now().Add(within))
+	_, err := l.r.ReadByte()
+	if err == nil {
+		return errors.New("it still speaks")
+	}
+	if t, ok := errors.AsType[net.Error](err); ok && t.Timeout() {
+		return fmt.Errorf("it is still open: %w", err)
+	}
+	return nil
+}
