@@ -86,6 +86,9 @@ type Config struct {
 	Stdin io.Reader
 	// Path and TempDir are the environment's PATH and temporary directory.
 	Path, TempDir string
+	// CacheDir is where the version of an Envoy is remembered; empty means that
+	// it is asked at each start.
+	CacheDir string
 	// Signals are requests to stop (interrupt, terminated) and to drain
 	// (SIGUSR2). It may be nil; the end of Run's context is a request to stop.
 	Signals <-chan os.Signal

@@ -73,7 +73,7 @@ func Run(ctx context.Context, cfg Config, b Build, pod string) error {
 
 	version := make(chan func() (envoyVersion, error), 1)
 	running.Go(func() {
-		v, err := askVersion(life, binary)
+		v, err := versionOf(life, binary, cfg.CacheDir)
 		version <- func() (envoyVersion, error) { return v, err }
 	})
 	dir, err := openWorkdir(&cfg, me)
