@@ -90,10 +90,10 @@ func stranger(r *room, in in) error {
 		}
 		defer c.Close()
 		_ = c.SetDeadline(time.Now().Add(3 * time.Second))
-		if _, err := io.WriteString(c, "x\n"); err != nil {
+		if _, err := io.WriteString(c, "plaintext\n"); err != nil {
 			return err
 		}
-		_, err = io.ReadFull(c, make([]byte, len("echo\nx\n")))
+		_, err = io.ReadFull(c, make([]byte, len("echo\nplaintext\n")))
 		return err
 	case "grpc":
 		return r.checkHealth(in.port)
