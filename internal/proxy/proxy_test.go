@@ -1,10 +1,18 @@
 package proxy_test
 
 import (
+	"errors"
+	"slices"
+	"strings"
 	"testing"
+	"time"
+
+	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	"github.com/google/go-cmp/cmp"
 
 	"kuma/internal/envoy"
 	"kuma/internal/envoy/envoytest"
+	"kuma/internal/errs"
 	"kuma/internal/mesh"
 	"kuma/internal/policy"
 	"kuma/internal/policy/meshtimeout"
@@ -94,15 +102,417 @@ spec:
   identities: [{type: ServiceTag, value: backend}]
 `
 
-func TestPrint(t *testing.T) {
+func TestCases(t *testing.T) { policytest.Run(t, policies()...) }
+
+// text prints a configuration.
+func text(t testing.TB, res envoy.Resources) string {
+	t.Helper()
+	s, err := envoytest.Print(res)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func read(t testing.TB, docs string) []*resource.Resource {
+	t.Helper()
+	rs, err := policytest.Read(docs, kinds()...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rs
+}
+
+const allowWeb = `
+type: MeshTrafficPermission
+name: web
+spec:
+  from: [{targetRef: {kind: MeshService, name: web}, default: {action: Allow}}]
+`
+
+// A changed permission changes no listener of HTTP, only what it discovers.
+func TestPermissionsLeaveListenersAlone(t *testing.T) {
+	w := policytest.NewWorld(t)
+	before := w.Put(read(t, twoServices)...)
+	after := w.Put(read(t, allowWeb)...)
+	_, a := generate(t, generator(), before, "backend-1")
+	_, b := generate(t, generator(), after, "backend-1")
+	changed := map[string]bool{}
+	for typ, byName := range b {
+		for name, p := range byName {
+			if a[typ][name] == nil || a[typ][name].Hash != p.Hash {
+				changed[name] = true
+			}
+		}
+		for name := range a[typ] {
+			if byName[name] == nil {
+				t.Errorf("%s is gone", name)
+			}
+		}
+	}
+	want := map[string]bool{
+		"kuma:rbac:allow:inbound:127.0.0.12:8080": true, "kuma:rbac:allow:inbound:127.0.0.12:8081": true,
+		// TCP has its permissions in the chain.
+		"inbound:127.0.0.12:5432": true,
+	}
+	if diff := cmp.Diff(want, changed); diff != "" {
+		t.Errorf("changed (-want +got):\n%s", diff)
+	}
+}
+
+// With a link the proxy's certificate comes from kuma-dp, trust from ADS.
+func TestLink(t *testing.T) {
 	pic := policytest.Picture(t, twoServices, kinds()...)
-	for _, n := range []string{"web-1", "backend-1"} {
-		c, res := generate(t, generator(), pic, n)
-		s, err := envoytest.Print(res)
+	for _, link := range []bool{true, false} {
+		c, err := generator().Generate(pic, proxy.Proxy{Key: mesh.Dataplanes.Key("default", "web-1"), Link: link})
 		if err != nil {
 			t.Fatal(err)
 		}
-		t.Log(s)
-		t.Log(c.Issues)
+		for _, common := range []*tlsv3.CommonTlsContext{c.Inbounds[0].TLS.CommonTlsContext, c.Outbounds[0].Cluster.TLS.CommonTlsContext} {
+			own := common.TlsCertificateSdsSecretConfigs[0]
+			trust := common.GetCombinedValidationContext().ValidationContextSdsSecretConfig
+			if got := own.SdsConfig.GetApiConfigSource() != nil; got != link {
+				t.Errorf("link %v: the certificate comes over the link: %v", link, got)
+			}
+			if own.Name != "identity_cert:secret:default" || trust.Name != "mesh_ca:secret:default" || trust.SdsConfig.GetAds() == nil {
+				t.Errorf("link %v: secrets %s and %s", link, own, trust)
+			}
+		}
+		if link {
+			if got := c.Inbounds[0].TLS.CommonTlsContext.TlsCertificateSdsSecretConfigs[0].SdsConfig.GetApiConfigSource().GrpcServices[0].GetEnvoyGrpc().ClusterName; got != "kuma:sds" {
+				t.Errorf("the link's cluster is %q", got)
+			}
+		}
+		res, err := c.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(res[envoy.SecretType]) != 1 || strings.Contains(text(t, res), "private_key") {
+			t.Error("there is more than the trust anchors among the secrets")
+		}
+	}
+}
+
+// A service whose last endpoint has gone keeps the protocol that is remembered.
+func TestRememberedProtocol(t *testing.T) {
+	w := policytest.NewWorld(t)
+	w.Put(read(t, twoServices)...)
+	pic := w.Remove(mesh.Dataplanes.Key("default", "backend-1"))
+	g := proxy.New(proxy.Config{Policies: policies(), Remembered: func(m, s string) string {
+		if m == "default" && s == "backend" {
+			return "http"
+		}
+		return ""
+	}})
+	_, res := generate(t, g, pic, "web-1")
+	for call, want := range map[string]string{
+		"GET http://127.0.0.1:10001/": "503: no endpoints in backend",
+		"tcp://127.0.0.1:10002":       "503: no endpoints in db",
+		"GET http://127.0.0.1:10003/": "503: no endpoints in default_backend__default_msvc_8080",
+	} {
+		d, err := envoytest.Route(res, call)
+		if err != nil || d.Reason != want {
+			t.Errorf("%s: %s, %v, want %s", call, d, err, want)
+		}
+	}
+	if !strings.Contains(text(t, res), "name: outbound:backend") {
+		t.Error("backend is no longer http")
+	}
+}
+
+// Endpoints with host names are resolved by who can, else left out and told.
+func TestHostNames(t *testing.T) {
+	docs := strings.Replace(twoServices, "address: 127.0.0.12", "address: backend.example", 1)
+	pic := policytest.Picture(t, docs, kinds()...)
+	c, res := generate(t, generator(), pic, "web-1")
+	if d, _ := envoytest.Route(res, "GET http://127.0.0.1:10001/"); d.Reason != "503: no endpoints in backend" {
+		t.Errorf("without a resolver: %s", d)
+	}
+	if len(c.Issues) == 0 || !strings.Contains(c.Issues[0].Message, "backend.example") {
+		t.Errorf("issues: %v", c.Issues)
+	}
+	ip := "10.0.0.7"
+	g := proxy.New(proxy.Config{Policies: policies(), Resolve: func(h string) []string {
+		if h != "backend.example" {
+			return nil
+		}
+		return []string{ip}
+	}})
+	for _, ip = range []string{"10.0.0.7", "10.0.0.8"} {
+		_, res = generate(t, g, pic, "web-1")
+		if d, _ := envoytest.Route(res, "GET http://127.0.0.1:10001/"); !slices.Equal(d.Endpoints, []string{ip + ":8080"}) {
+			t.Errorf("resolved: %s", d)
+		}
+	}
+}
+
+// What can't be done is left out and told; the rest is served (HRD-26).
+func TestIssues(t *testing.T) {
+	pic := policytest.Picture(t, `
+type: Mesh
+name: default
+mtls: {enabledBackend: ca-1, backends: [{name: ca-1, type: builtin}]}
+---
+type: Dataplane
+name: web
+networking:
+  address: 127.0.0.11
+  inbound: [{port: 8080, tags: {kuma.io/service: web}}]
+  outbound:
+  - {port: 10001, backendRef: {kind: MeshService, name: gone, port: 80}}
+  - {port: 10002, backendRef: {kind: MeshService, name: here, port: 81}}
+  - {port: 10003, backendRef: {kind: MeshService, labels: {a: b}, port: 81}}
+  - {port: 10004, tags: {kuma.io/service: web}}
+---
+type: Dataplane
+name: nameless
+networking:
+  address: 127.0.0.12
+  outbound: [{port: 10001, tags: {kuma.io/service: web}}]
+---
+type: MeshService
+name: here
+spec: {ports: [{port: 80}]}
+`, kinds()...)
+	for name, want := range map[string][]string{
+		"web": {
+			"leads back to itself", `MeshService "gone" does not exist`, `MeshService "here" has no port 81`, "no MeshService has the labels a=b",
+			`the certificate of backend "ca-1" is not there yet`,
+		},
+		"nameless": {"no kuma.io/service tag", `the certificate of backend "ca-1" is not there yet`},
+	} {
+		c, res := generate(t, generator(), pic, name)
+		if len(c.Issues) != len(want) {
+			t.Errorf("%s: issues %v, want %d", name, c.Issues, len(want))
+			continue
+		}
+		for i, w := range want {
+			if !strings.Contains(c.Issues[i].Message, w) {
+				t.Errorf("%s: issue %q, want %q", name, c.Issues[i].Message, w)
+			}
+		}
+		port := map[string]string{"web": "10004", "nameless": "10001"}[name]
+		if res[envoy.ListenerType]["outbound:127.0.0.1:"+port] == nil {
+			t.Errorf("%s: the good outbound is not served", name)
+		}
+	}
+	if _, err := generator().Generate(pic, proxy.Proxy{Key: mesh.Dataplanes.Key("default", "x")}); !errs.Is(err, errs.NotFound) {
+		t.Errorf("no such Dataplane: %v", err)
+	}
+	if _, err := generator().Generate(pic, proxy.Proxy{Key: mesh.Dataplanes.Key("x", "web")}); !errs.Is(err, errs.NotFound) {
+		t.Errorf("no such Mesh: %v", err)
+	}
+}
+
+// breakable is a policy that fails or panics where it is told to.
+type breakable struct {
+	Do string `json:"do,omitempty"`
+}
+
+// A policy that can't be applied is left out alone; others of its kind and of
+// other kinds hold (HRD-26).
+func TestOneBadPolicy(t *testing.T) {
+	bad := policy.New(resource.Kind{Name: "Breakable", Plural: "breakables"}, nil, func(c *envoy.Config, r policy.Rules[breakable]) error {
+		for _, o := range c.Outbounds {
+			conf, ok := r.Outbound(&o.To)
+			if !ok {
+				continue
+			}
+			o.StatPrefix = conf.Do
+			switch conf.Do {
+			case "fail":
+				return errors.New("it fails")
+			case "panic":
+				panic("it panics")
+			}
+		}
+		return nil
+	})
+	all := append([]policy.Policy{bad}, policies()...)
+	docs := twoServices + `
+---
+type: MeshTimeout
+name: good
+spec: {to: [{targetRef: {kind: Mesh}, default: {connectionTimeout: 3s}}]}
+---
+type: Breakable
+name: z-good
+spec: {to: [{targetRef: {kind: Mesh}, default: {do: good}}]}
+`
+	for _, do := range []string{"fail", "panic"} {
+		more := "\n---\ntype: Breakable\nname: a-bad\nspec: {to: [{targetRef: {kind: Mesh}, default: {do: " + do + "}}]}\n"
+		pic := policytest.Picture(t, docs+more, append(kinds(), bad.Kind())...)
+		c, res := generate(t, proxy.New(proxy.Config{Policies: all}), pic, "web-1")
+		if len(c.Issues) != 1 || c.Issues[0].Resource.Name != "a-bad" || !strings.Contains(c.Issues[0].Message, "it "+do) {
+			t.Errorf("%s: issues %v", do, c.Issues)
+		}
+		if got := c.Outbounds[0].StatPrefix; got != "good" {
+			t.Errorf("%s: the other policy of the kind did %q", do, got)
+		}
+		if d, err := envoytest.Route(res, "GET http://127.0.0.1:10001/"); err != nil || d.Connect != 3*time.Second {
+			t.Errorf("%s: %s, %v", do, d, err)
+		}
+	}
+}
+
+func TestAffected(t *testing.T) {
+	w := policytest.NewWorld(t)
+	base := w.Put(read(t, twoServices+`
+---
+type: Mesh
+name: other
+---
+type: Dataplane
+name: lonely
+networking: {address: 127.0.0.19, inbound: [{port: 80, servicePort: 8080, tags: {kuma.io/service: lonely}}]}
+---
+type: TrafficPermission
+name: lonely
+sources: [{match: {kuma.io/service: "*"}}]
+destinations: [{match: {kuma.io/service: lonely}}]
+---
+type: MeshTimeout
+name: lonely
+spec:
+  targetRef: {kind: MeshSubset, tags: {kuma.io/service: lonely}}
+  to: [{targetRef: {kind: Mesh}, default: {connectionTimeout: 1s}}]
+---
+type: MeshService
+name: lonely
+spec: {ports: [{port: 80}]}
+---
+type: DataplaneInsight
+name: backend-1
+mTLS: {issuedBackend: old}
+`)...)
+	find := func(k resource.Key) *resource.Resource {
+		r := base.Get(k)
+		if r == nil {
+			t.Fatalf("there is no %s", k)
+		}
+		return r
+	}
+	g := generator()
+	inOther := read(t, strings.Replace(allowWeb, "name: web", "mesh: other\nname: web", 1))[0]
+	secret := mesh.Secrets.Make("default", "dataplane-token-signing-key-default-1", &mesh.SecretSpec{})
+	for name, c := range map[string]struct {
+		of   *resource.Resource
+		want []string
+	}{
+		"the mesh":                    {find(mesh.Meshes.Key("", "default")), []string{"web-1", "backend-1", "lonely"}},
+		"another mesh":                {find(mesh.Meshes.Key("", "other")), nil},
+		"a policy in another mesh":    {inOther, nil},
+		"a policy for all":            {read(t, allowWeb)[0], []string{"web-1", "backend-1", "lonely"}},
+		"a policy for one":            {find(resource.Key{Kind: "MeshTimeout", Mesh: "default", Name: "lonely"}), []string{"lonely"}},
+		"an older permission for one": {find(mesh.TrafficPermissions.Key("default", "lonely")), []string{"lonely"}},
+		"a proxy that web uses":       {find(mesh.Dataplanes.Key("default", "backend-1")), []string{"web-1", "backend-1"}},
+		"a proxy that nobody uses":    {find(mesh.Dataplanes.Key("default", "lonely")), []string{"lonely"}},
+		"a service that web uses":     {find(mesh.MeshServices.Key("default", "backend")), []string{"web-1"}},
+		"a service that nobody uses":  {find(mesh.MeshServices.Key("default", "lonely")), nil},
+		"the trust anchors":           {find(mesh.Secrets.Key("default", "default.ca-builtin-cert-ca-1")), []string{"web-1", "backend-1", "lonely"}},
+		"another secret":              {secret, nil},
+		"an insight in a STRICT mesh": {find(mesh.DataplaneInsights.Key("default", "backend-1")), nil},
+	} {
+		for _, change := range []state.Change{{Key: c.of.Key(), New: c.of}, {Key: c.of.Key(), Old: c.of}, {Key: c.of.Key(), Old: c.of, New: c.of}} {
+			var got []string
+			for _, d := range []string{"web-1", "backend-1", "lonely"} {
+				if g.Affected(base, proxy.Proxy{Key: mesh.Dataplanes.Key("default", d)}, []state.Change{change}) {
+					got = append(got, d)
+				}
+			}
+			if !slices.Equal(got, c.want) {
+				t.Errorf("%s concerns %v, want %v", name, got, c.want)
+			}
+		}
+	}
+	permissive := w.Put(read(t, strings.Replace(twoServices, "type: builtin", "type: builtin, mode: PERMISSIVE", 1))...)
+	insight := find(mesh.DataplaneInsights.Key("default", "backend-1"))
+	if !g.Affected(permissive, proxy.Proxy{Key: mesh.Dataplanes.Key("default", "web-1")}, []state.Change{{Key: insight.Key(), New: insight}}) {
+		t.Error("an insight does not concern its callers in a PERMISSIVE mesh")
+	}
+}
+
+// What Affected says is checked against what Generate does: a proxy that is not
+// affected has the same configuration as before.
+func TestAffectedMissesNothing(t *testing.T) {
+	w := policytest.NewWorld(t)
+	docs := read(t, twoServices+"\n---\n"+allowWeb)
+	pic := w.Put(docs...)
+	g := generator()
+	for _, r := range docs[1:] {
+		if r.Name == "web-1" || r.Name == "backend-1" {
+			continue
+		}
+		next := w.Remove(r.Key())
+		changes, ok := next.Since(pic)
+		if !ok {
+			t.Fatal("the pictures are not connected")
+		}
+		for _, d := range []string{"web-1", "backend-1"} {
+			_, a := generate(t, g, pic, d)
+			_, b := generate(t, g, next, d)
+			if !g.Affected(next, proxy.Proxy{Key: mesh.Dataplanes.Key("default", d)}, changes) && text(t, a) != text(t, b) {
+				t.Errorf("without %s %s changes and is not affected", r.Key(), d)
+			}
+		}
+		pic = next
+	}
+}
+
+func TestExplain(t *testing.T) {
+	pic := policytest.Picture(t, twoServices+`
+---
+type: TrafficPermission
+name: all
+sources: [{match: {kuma.io/service: "*"}}]
+destinations: [{match: {kuma.io/service: "*"}}]
+---
+type: MeshTimeout
+name: a
+spec: {to: [{targetRef: {kind: MeshService, name: backend}, default: {connectionTimeout: 1s}}]}
+---
+type: MeshTimeout
+name: b
+spec: {to: [{targetRef: {kind: Mesh}, default: {connectionTimeout: 2s, idleTimeout: 3s}}]}
+---
+type: MeshTimeout
+name: not-for-web
+spec:
+  targetRef: {kind: Dataplane, name: backend-1}
+  to: [{targetRef: {kind: Mesh}, default: {connectionTimeout: 9s}}]
+`, kinds()...)
+	got, err := generator().Explain(pic, proxy.Proxy{Key: mesh.Dataplanes.Key("default", "web-1")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var lines []string
+	for _, a := range got {
+		for _, p := range a.Policies {
+			lines = append(lines, a.Kind.Name+" "+p.Name)
+		}
+		for _, in := range a.Inbounds {
+			lines = append(lines, a.Kind.Name+" "+in.Inbound.Name+" from "+in.Origins[0].Resource.Name)
+		}
+		for _, o := range a.Outbounds {
+			raw, err := resource.Marshal(o.Conf)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var from []string
+			for _, x := range o.Origins {
+				from = append(from, x.Resource.Name)
+			}
+			lines = append(lines, a.Kind.Name+" to "+o.Outbound.To.Name()+" "+string(raw)+" from "+strings.Join(from, " "))
+		}
+	}
+	want := []string{
+		"MeshTimeout b", "MeshTimeout a",
+		`MeshTimeout to backend {"connectionTimeout":"1s","idleTimeout":"3s"} from b a`,
+		`MeshTimeout to db {"connectionTimeout":"2s","idleTimeout":"3s"} from b`,
+		`MeshTimeout to backend {"connectionTimeout":"1s","idleTimeout":"3s"} from b a`,
+		"TrafficPermission all", "TrafficPermission inbound:127.0.0.11:8080 from all",
+	}
+	if diff := cmp.Diff(want, lines); diff != "" {
+		t.Errorf("explained (-want +got):\n%s", diff)
 	}
 }
