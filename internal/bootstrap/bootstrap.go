@@ -22,7 +22,7 @@ import (
 	"kuma/internal/errs"
 	"kuma/internal/mesh"
 	"kuma/internal/resource"
-	"kuma/internal/state"
+	"kuma/internal/store"
 )
 
 // MaxRequest is the largest request that is read, in bytes.
@@ -39,8 +39,8 @@ type Credentials interface {
 
 // Config is what a Server needs.
 type Config struct {
-	// Picture returns the present picture.
-	Picture     func() *state.Picture
+	// Store is asked directly: a mesh that was just made counts at once.
+	Store       store.Store
 	Credentials Credentials
 	// CA is the anchor of the control plane's own certificate, PEM; Hosts are
 	// the names and addresses that the certificate is for.
@@ -143,7 +143,7 @@ func (s *Server) answer(ctx context.Context, host string, body []byte) (*Respons
 	if err != nil {
 		return nil, err
 	}
-	dp, doc, err := s.dataplane(req)
+	dp, doc, err := s.dataplane(ctx, req)
 	if err != nil {
 		return nil, err
 	}
@@ -234,16 +234,18 @@ func covers(name, host string) bool {
 
 // dataplane returns the Dataplane that the request is for: the one it carries,
 // with its document as JSON, or the one that was created beforehand.
-func (s *Server) dataplane(req *Request) (mesh.Dataplane, string, error) {
+func (s *Server) dataplane(ctx context.Context, req *Request) (mesh.Dataplane, string, error) {
 	none := mesh.Dataplane{}
 	if req.Mesh == "" || req.Name == "" {
 		return none, "", refuse(http.StatusUnprocessableEntity, "mesh and name of the Dataplane must be given")
 	}
-	pic := s.cfg.Picture()
 	if req.DataplaneResource == "" {
-		r := pic.Get(mesh.Dataplanes.Key(req.Mesh, req.Name))
-		if r == nil {
+		r, err := s.cfg.Store.Get(ctx, mesh.Dataplanes.Key(req.Mesh, req.Name))
+		if errs.Is(err, errs.NotFound) {
 			return none, "", refuse(http.StatusNotFound, "")
+		}
+		if err != nil {
+			return none, "", err
 		}
 		return mesh.Dataplanes.From(r), "", nil
 	}
@@ -264,12 +266,15 @@ func (s *Server) dataplane(req *Request) (mesh.Dataplane, string, error) {
 	if bad := r.Kind.Check(r.Spec); len(bad) > 0 {
 		return none, "", refuse(http.StatusUnprocessableEntity, "%v", errs.Fields(bad...))
 	}
-	m := pic.Mesh(r.Mesh)
-	if m == nil {
+	m, err := s.cfg.Store.Get(ctx, mesh.Meshes.Key("", r.Mesh))
+	if errs.Is(err, errs.NotFound) {
 		return none, "", refuse(http.StatusUnprocessableEntity, "mesh: mesh %q does not exist", r.Mesh)
 	}
+	if err != nil {
+		return none, "", err
+	}
 	dp := mesh.Dataplanes.From(r)
-	if reason, ok := m.Spec.Admitted(r.Mesh, dp.Spec); !ok {
+	if reason, ok := mesh.Meshes.From(m).Spec.Admitted(r.Mesh, dp.Spec); !ok {
 		return none, "", refuse(http.StatusUnprocessableEntity, "%s", reason)
 	}
 	if n := dp.Spec.Networking; n.TransparentProxying != nil && len(n.Outbound) > 0 {

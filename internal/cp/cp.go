@@ -189,7 +189,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	boot := cfg.BootstrapServer.Params
 	mux := http.NewServeMux()
 	mux.Handle("/bootstrap", bootstrap.New(bootstrap.Config{
-		Picture: c.tracker.Now, Credentials: bootstrapCredentials{checker}, CA: dpCerts.CA, Hosts: dpCerts.SANs,
+		Store: c.store, Credentials: bootstrapCredentials{checker}, CA: dpCerts.CA, Hosts: dpCerts.SANs,
 		XDSHost: boot.XDSHost, XDSPort: boot.XDSPort, Port: cfg.DPServer.Port,
 		AdminAddress: boot.AdminAddress, AdminPort: boot.AdminPort, AdminUnixSocket: boot.EnvoyAdminUnixSocket, AdminAccessLogPath: boot.AdminAccessLogPath,
 		ReadinessPort: boot.ReadinessPort, ConnectTimeout: boot.XDSConnectTimeout, HDS: cfg.DPServer.HDS.Enabled,

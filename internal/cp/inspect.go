@@ -5,6 +5,12 @@ import (
 	"encoding/json"
 	"fmt"
 
+	// Types that configurations hold packed and empty, so that they can be shown
+	// as JSON.
+	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/grpc_stats/v3"
+	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
+	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/tls_inspector/v3"
+	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/formatter/req_without_query/v3"
 	"google.golang.org/protobuf/encoding/protojson"
 
 	"kuma/internal/envoy"

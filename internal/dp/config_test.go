@@ -162,10 +162,10 @@ func TestEnvoyArgs(t *testing.T) {
 		change  func(*Config)
 		want    string
 	}{
-		{"1.40.0", func(*Config) {}, "--config-path f --drain-time-s 30 --drain-strategy immediate --disable-hot-restart --log-level info"},
-		{"1.36.4", func(*Config) {}, "--config-path f --drain-time-s 30 --drain-strategy immediate --disable-hot-restart --log-level info --cpuset-threads"},
-		{"1.36.4", func(c *Config) { c.Concurrency = 2; c.LogLevel = "off" }, "--config-path f --drain-time-s 30 --drain-strategy immediate --disable-hot-restart --log-level off --concurrency 2"},
-		{"1.40.0", func(c *Config) { c.EnvoyLogLevel, c.EnvoyComponentLogLevel = "trace", "http:debug" }, "--config-path f --drain-time-s 30 --drain-strategy immediate --disable-hot-restart --log-level trace --component-log-level http:debug"},
+		{"1.40.0", func(*Config) {}, "--config-path f --drain-time-s 30 --drain-strategy immediate --disable-hot-restart --log-level info --file-flush-interval-msec 500"},
+		{"1.36.4", func(*Config) {}, "--config-path f --drain-time-s 30 --drain-strategy immediate --disable-hot-restart --log-level info --file-flush-interval-msec 500 --cpuset-threads"},
+		{"1.36.4", func(c *Config) { c.Concurrency = 2; c.LogLevel = "off" }, "--config-path f --drain-time-s 30 --drain-strategy immediate --disable-hot-restart --log-level off --file-flush-interval-msec 500 --concurrency 2"},
+		{"1.40.0", func(c *Config) { c.EnvoyLogLevel, c.EnvoyComponentLogLevel = "trace", "http:debug" }, "--config-path f --drain-time-s 30 --drain-strategy immediate --disable-hot-restart --log-level trace --file-flush-interval-msec 500 --component-log-level http:debug"},
 	} {
 		cfg := cfg
 		c.change(&cfg)

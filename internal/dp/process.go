@@ -89,6 +89,9 @@ func envoyArgs(cfg *Config, v envoyVersion, bootstrap string) []string {
 		"--drain-strategy", "immediate",
 		"--disable-hot-restart",
 		"--log-level", cfg.envoyLogLevel(),
+		// The log of refusals should be there when somebody looks; Envoy's own
+		// default is to keep lines for 10 s.
+		"--file-flush-interval-msec", "500",
 	}
 	if cfg.EnvoyComponentLogLevel != "" {
 		args = append(args, "--component-log-level", cfg.EnvoyComponentLogLevel)

@@ -385,21 +385,11 @@ func (s *Story) comeBack(ctx context.Context) error {
 		}
 		ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 		defer cancel()
-		online := regexp.MustCompile(`(?m)^default\s.*\sOnline\s`)
-		err := s.lab.Await(ctx, s.cp.Process, "three proxies are online", func() error {
-			out, err := s.cp.Kumactl("", "inspect", "dataplanes")
-			if err != nil {
-				return err
-			}
-			if n := len(online.FindAllString(out, -1)); n != 3 {
-				return fmt.Errorf("%d are", n)
-			}
-			return nil
-		})
+		err := s.lab.Await(ctx, s.cp.Process, "three proxies are connected to the new control plane", s.connected)
 		if err != nil {
 			return "", false, err
 		}
-		return fmt.Sprintf("ready after %s with the permission of before; three proxies online after %s", ms(ready), ms(time.Since(began))), true, nil
+		return fmt.Sprintf("ready after %s with the permission of before; three proxies connected after %s", ms(ready), ms(time.Since(began))), true, nil
 	})
 	if err != nil {
 		return err
@@ -414,6 +404,43 @@ func (s *Story) comeBack(ctx context.Context) error {
 		}
 		return fmt.Sprintf("%d, %s after kumactl had returned", a.Status, ms(took)), true, nil
 	})
+}
+
+// connected is nil when all three proxies have streams to the control plane as
+// it runs now; those to its last life don't count.
+func (s *Story) connected() error {
+	var index struct {
+		InstanceID string `json:"instanceId"`
+	}
+	if err := lab.GetJSON(s.cp.URL()+"/", &index); err != nil {
+		return err
+	}
+	var overview struct {
+		Items []struct {
+			Name    string `json:"name"`
+			Insight struct {
+				Subscriptions []struct {
+					Instance   string     `json:"controlPlaneInstanceId"`
+					Disconnect *time.Time `json:"disconnectTime"`
+				} `json:"subscriptions"`
+			} `json:"dataplaneInsight"`
+		} `json:"items"`
+	}
+	if err := lab.GetJSON(s.cp.URL()+"/meshes/default/dataplanes/_overview", &overview); err != nil {
+		return err
+	}
+	n := 0
+	for _, i := range overview.Items {
+		for _, sub := range i.Insight.Subscriptions {
+			if sub.Instance == index.InstanceID && sub.Disconnect == nil {
+				n++
+			}
+		}
+	}
+	if n != 3 {
+		return fmt.Errorf("%d of 3 are", n)
+	}
+	return nil
 }
 
 // Next is what to try on a mesh that is left running.
