@@ -250,8 +250,12 @@ func (p *proxy) run(ctx, life context.Context, running *sync.WaitGroup, v envoyV
 		end := make(chan error, 1)
 		broken = end
 		running.Go(func() { end <- p.link.run(life) })
+		slow := time.NewTimer(slowWelcome)
+		defer slow.Stop()
 		for waiting := true; waiting; {
 			select {
+			case <-slow.C:
+				p.cfg.Log.Info("waiting for the control plane to take this proxy in; where another proxy holds its name, that one must end or fall silent first")
 			case <-p.link.welcomed:
 				waiting = false
 			case <-p.link.absent:
@@ -308,6 +312,9 @@ func (p *proxy) run(ctx, life context.Context, running *sync.WaitGroup, v envoyV
 }
 
 const (
+	// slowWelcome is how long the control plane may be silent before the user
+	// is told that it is being waited for.
+	slowWelcome = time.Second
 	// leavePatience is how long the control plane may take to note a leaving.
 	leavePatience = time.Second
 	// endPatience is how long Envoy may take to end when it is told to.

@@ -61,7 +61,7 @@ func (s *state) configured(c *linkpb.ConfigStatus) {
 		}
 		kind := r.GetTypeUrl()
 		kind = kind[strings.LastIndexByte(kind, '.')+1:]
-		list = append(list, fmt.Sprintf("%s %s: %s", kind, r.GetResource(), r.GetMessage()))
+		list = append(list, fmt.Sprintf("%s %s: %s", kind, r.GetResource(), strings.TrimSpace(r.GetMessage())))
 	}
 	var before []string
 	first := false
@@ -76,8 +76,12 @@ func (s *state) configured(c *linkpb.ConfigStatus) {
 		s.log.Info("envoy has its complete configuration")
 	}
 	if now := strings.Join(list, "\n"); now != "" && now != strings.Join(before, "\n") {
+		message := "envoy refused a part of its configuration; the last good one serves"
+		if !s.accepted() {
+			message = "envoy refused a part of its first configuration; the proxy is not ready"
+		}
 		for _, r := range list {
-			s.log.Error("envoy refused a part of its configuration; the last good one serves", "reason", r)
+			s.log.Error(message, "reason", r)
 		}
 	} else if now == "" && len(before) > 0 {
 		s.log.Info("envoy takes its configuration again")
