@@ -26,6 +26,11 @@ func answerAll(more func(*stream, *linkpb.FromProxy) error) func(*stream) error 
 		if err := s.welcome(); err != nil {
 			return err
 		}
+		if s.p.secret != "" {
+			if err := s.want(s.p.secret, "1"); err != nil {
+				return err
+			}
+		}
 		if err := s.status(true); err != nil {
 			return err
 		}
@@ -33,6 +38,11 @@ func answerAll(more func(*stream, *linkpb.FromProxy) error) func(*stream) error 
 			m, err := s.Recv()
 			if err != nil {
 				return err
+			}
+			if m.GetSigningRequest() != nil {
+				if err := s.sign(m.GetSigningRequest(), "spiffe://default/web", time.Hour); err != nil {
+					return err
+				}
 			}
 			if more != nil {
 				if err := more(s, m); err != nil {
@@ -610,7 +620,7 @@ func TestKilled(t *testing.T) {
 	t.Run("Envoy", func(t *testing.T) {
 		t.Parallel()
 		port := freePort(t)
-		killed(t, realEnvoy(t), &plane{serve: answerAll(nil), config: func(r bootstrapRequest) string { return tlsConfig(r, port) }})
+		killed(t, realEnvoy(t), &plane{serve: answerAll(nil), secret: "identity_cert:secret:default", config: func(r bootstrapRequest) string { return tlsConfig(r, port) }})
 	})
 }
 

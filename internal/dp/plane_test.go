@@ -180,6 +180,8 @@ type plane struct {
 	config func(bootstrapRequest) string
 	// answer, if set, is called for each bootstrap request instead.
 	answer func(http.ResponseWriter, *http.Request, bootstrapRequest)
+	// secret, if set, is what answerAll wants the proxy to have a certificate for.
+	secret string
 	// serve is one stream of the link, after its Hello.
 	serve func(*stream) error
 
