@@ -7,11 +7,13 @@ import (
 	"strconv"
 	"time"
 
+	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
 	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	metricsv3 "github.com/envoyproxy/go-control-plane/envoy/config/metrics/v3"
+	filelogv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/file/v3"
 	re2v3 "github.com/envoyproxy/go-control-plane/envoy/extensions/regex_engines/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	httpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
@@ -54,7 +56,7 @@ func render(p params) ([]byte, error) {
 	var pack packer
 	boot := &bootstrapv3.Bootstrap{
 		Node:  &corev3.Node{Id: p.req.Mesh + "." + p.req.Name, Cluster: clusterName(p), Metadata: metadata(p, sockets)},
-		Admin: admin(p, sockets),
+		Admin: pack.admin(p, sockets),
 		DynamicResources: &bootstrapv3.Bootstrap_DynamicResources{
 			AdsConfig: p.grpc(corev3.ApiConfigSource_DELTA_GRPC),
 			CdsConfig: ads(), LdsConfig: ads(),
@@ -124,12 +126,17 @@ func clusterName(p params) string {
 	return p.req.Name
 }
 
-func admin(p params, sockets names.Sockets) *bootstrapv3.Admin {
+func (k *packer) admin(p params, sockets names.Sockets) *bootstrapv3.Admin {
 	a := &bootstrapv3.Admin{
-		AccessLogPath: p.cfg.AdminAccessLogPath,
 		Address: &corev3.Address{Address: &corev3.Address_SocketAddress{SocketAddress: &corev3.SocketAddress{
 			Address: p.cfg.AdminAddress, PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: adminPort(p)},
 		}}},
+	}
+	if path := p.cfg.AdminAccessLogPath; path != "" && path != "/dev/null" {
+		a.AccessLog = []*accesslogv3.AccessLog{{
+			Name:       "envoy.access_loggers.file",
+			ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: k.any(&filelogv3.FileAccessLog{Path: path})},
+		}}
 	}
 	if p.cfg.AdminUnixSocket && p.req.Workdir != "" {
 		a.Address = &corev3.Address{Address: &corev3.Address_Pipe{Pipe: &corev3.Pipe{Path: sockets.Admin(), Mode: 0o600}}}

@@ -80,7 +80,8 @@ func (c *Config) check() error {
 		path      string
 		cert, key string
 	}{
-		{"general", c.General.TLSCertFile, c.General.TLSKeyFile}, {"dpServer", c.DPServer.TLSCertFile, c.DPServer.TLSKeyFile},
+		{"general", c.General.TLSCertFile, c.General.TLSKeyFile},
+		{"dpServer", c.DPServer.TLSCertFile, c.DPServer.TLSKeyFile},
 		{"apiServer.https", c.APIServer.HTTPS.TLSCertFile, c.APIServer.HTTPS.TLSKeyFile},
 	} {
 		if (p.cert == "") != (p.key == "") {
@@ -91,7 +92,9 @@ func (c *Config) check() error {
 		path string
 		port uint32
 	}{
-		{"apiServer.http.port", c.APIServer.HTTP.Port}, {"apiServer.https.port", c.APIServer.HTTPS.Port}, {"dpServer.port", c.DPServer.Port},
+		{"apiServer.http.port", c.APIServer.HTTP.Port},
+		{"apiServer.https.port", c.APIServer.HTTPS.Port},
+		{"dpServer.port", c.DPServer.Port},
 		{"diagnostics.serverPort", c.Diagnostics.ServerPort},
 	} {
 		if p.port < 1 || p.port > 65535 {
@@ -102,8 +105,10 @@ func (c *Config) check() error {
 		path string
 		v    time.Duration
 	}{
-		{"xdsServer.quietPeriod", c.XDSServer.QuietPeriod}, {"xdsServer.maxDelay", c.XDSServer.MaxDelay},
-		{"xdsServer.dataplaneStatusFlushInterval", c.XDSServer.DataplaneStatusFlushInterval}, {"dpServer.hds.interval", c.DPServer.HDS.Interval},
+		{"xdsServer.quietPeriod", c.XDSServer.QuietPeriod},
+		{"xdsServer.maxDelay", c.XDSServer.MaxDelay},
+		{"xdsServer.dataplaneStatusFlushInterval", c.XDSServer.DataplaneStatusFlushInterval},
+		{"dpServer.hds.interval", c.DPServer.HDS.Interval},
 	} {
 		if d.v <= 0 {
 			add(d.path, "must be positive")

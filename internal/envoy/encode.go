@@ -171,7 +171,7 @@ func allowName(in *Inbound) string { return "kuma:rbac:allow:" + in.Name }
 func (e *encoder) permissions(in *Inbound) {
 	for _, f := range []struct {
 		name, prefix string
-		rbac rbac
+		rbac         rbac
 	}{{denyName(in), "deny.", in.Access.denials()}, {allowName(in), "", in.Access.allowances()}} {
 		e.add(ExtensionType, f.name, &corev3.TypedExtensionConfig{
 			Name:        f.name,

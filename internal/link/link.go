@@ -220,8 +220,12 @@ func nodeOf(h *linkpb.Hello, remote string) (*session.Node, error) {
 		name, value string
 		limit       int
 	}{
-		{"mesh", h.GetMesh(), maxName}, {"name", h.GetName(), maxName}, {"instance", h.GetInstance(), maxInstance},
-		{"dataplane", h.GetDataplane(), maxDataplane}, {"version", h.GetVersion(), maxName}, {"envoy_version", h.GetEnvoyVersion(), maxName},
+		{"mesh", h.GetMesh(), maxName},
+		{"name", h.GetName(), maxName},
+		{"instance", h.GetInstance(), maxInstance},
+		{"dataplane", h.GetDataplane(), maxDataplane},
+		{"version", h.GetVersion(), maxName},
+		{"envoy_version", h.GetEnvoyVersion(), maxName},
 	} {
 		if len(f.value) > f.limit {
 			return nil, errs.New(errs.Invalid, "%s in Hello has %d bytes, the limit is %d", f.name, len(f.value), f.limit)

@@ -163,8 +163,8 @@ type Constraints struct {
 	DataplaneProxy *ProxyConstraints `json:"dataplaneProxy,omitempty"`
 }
 
-// ProxyConstraints: a Dataplane must meet one of the requirements, if there are
-// any, with each of its tag sets, and none of the restrictions.
+// ProxyConstraints say what a Dataplane's tag sets must be like: each must meet
+// one of the requirements, if there are any, and none of the restrictions.
 type ProxyConstraints struct {
 	Requirements []TagRule `json:"requirements,omitempty"`
 	Restrictions []TagRule `json:"restrictions,omitempty"`

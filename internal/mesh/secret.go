@@ -11,7 +11,7 @@ type SecretSpec struct {
 	Data []byte `json:"data,omitempty"`
 }
 
-// LogValue keeps the bytes out of logs.
+// String keeps the bytes out of logs.
 func (SecretSpec) String() string { return "*****" }
 
 // GoString keeps the bytes out of %#v.

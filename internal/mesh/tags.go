@@ -11,11 +11,10 @@ import (
 )
 
 var (
-	dnsLabel     = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
-	dns1035Label = regexp.MustCompile(`^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$`)
-	tagKey       = regexp.MustCompile(`^[a-zA-Z0-9.\-_:/]+$`)
-	tagValue     = regexp.MustCompile(`^[a-zA-Z0-9.\-_:]+$`)
-	selectorTag  = regexp.MustCompile(`^([a-zA-Z0-9.\-_:/]+|\*)$`)
+	dnsLabel    = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
+	tagKey      = regexp.MustCompile(`^[a-zA-Z0-9.\-_:/]+$`)
+	tagValue    = regexp.MustCompile(`^[a-zA-Z0-9.\-_:]+$`)
+	selectorTag = regexp.MustCompile(`^([a-zA-Z0-9.\-_:/]+|\*)$`)
 )
 
 // IsDNSLabel reports whether s may be a DNS label: lower case, 63 characters.

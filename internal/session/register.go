@@ -187,7 +187,13 @@ func (st *Stream) Leave(ctx context.Context, settle time.Duration) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	version, err := r.withdraw(ctx, s.key, s.credential.Covers, true)
+	r.mu.Lock()
+	holds := r.sessions[s.key] == s
+	r.mu.Unlock()
+	if !holds {
+		return nil // the name is another's by now, and so is the Dataplane
+	}
+	version, err := r.withdraw(ctx, s.key, st.credential.Covers, true)
 	if err != nil || version == 0 {
 		return err
 	}
@@ -325,12 +331,13 @@ func (r *Registry) expire(s *session) {
 	if over {
 		delete(r.sessions, s.key)
 	}
+	credential := s.credential
 	r.mu.Unlock()
 	if !over {
 		return
 	}
 	log := r.cfg.Log.With("mesh", s.key.Mesh, "name", s.key.Name)
-	switch version, err := r.withdraw(ctx, s.key, s.credential.Covers, false); {
+	switch version, err := r.withdraw(ctx, s.key, credential.Covers, false); {
 	case err != nil:
 		log.Warn("the Dataplane of a proxy that is gone could not be removed", "error", err)
 	case version != 0:

@@ -395,4 +395,3 @@ func walk(m protoreflect.Message, out *[]Reference) {
 		return true
 	})
 }
-
