@@ -328,14 +328,20 @@ func (r *Registry) expire(s *session) {
 	}
 	r.mu.Lock()
 	over := r.sessions[s.key] == s && s.open == 0 && !r.stopping
-	if over {
-		delete(r.sessions, s.key)
-	}
 	credential := s.credential
 	r.mu.Unlock()
 	if !over {
 		return
 	}
+	// The session stays for as long as its Dataplane goes, so that who comes
+	// now waits for its turn.
+	defer func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if r.sessions[s.key] == s && s.open == 0 {
+			delete(r.sessions, s.key)
+		}
+	}()
 	log := r.cfg.Log.With("mesh", s.key.Mesh, "name", s.key.Name)
 	switch version, err := r.withdraw(ctx, s.key, credential.Covers, false); {
 	case err != nil:
