@@ -122,7 +122,8 @@ func (c Caller) predicate() *xdsmatcherv3.Matcher_MatcherList_Predicate {
 	case c.ID != "":
 		return allNames(regexp.QuoteMeta(c.ID) + otherNames)
 	case c.Under != "":
-		return allNames(regexp.QuoteMeta(c.Under) + `(/[^,]*)?` + otherNames)
+		under := regexp.QuoteMeta(c.Under) + `(/[^,]*)?`
+		return allNames(under + `(,` + under + `)*` + otherNames)
 	case len(c.All) == 1:
 		return c.All[0].predicate()
 	case len(c.All) > 1:

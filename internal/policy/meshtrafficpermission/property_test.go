@@ -189,11 +189,14 @@ func TestRulesAgainstLiteralMeaning(t *testing.T) {
 				if second != "" {
 					names = append(names, second)
 				}
-				want := !slices.ContainsFunc(deny, func(m policy.Match) bool { return slices.ContainsFunc(names, func(n string) bool { return means(m, n) }) }) &&
+				want := !slices.ContainsFunc(deny, func(m policy.Match) bool {
+					return slices.ContainsFunc(names, func(n string) bool { return means(m, n) })
+				}) &&
 					slices.ContainsFunc(allow, func(m policy.Match) bool {
 						return !slices.ContainsFunc(names, func(n string) bool { return strings.HasPrefix(n, "spiffe://") && !means(m, n) }) &&
-							// An id among several is a whole only where it is the one.
-							!strings.HasPrefix(second, "spiffe://")
+							// An exact id among several is not the whole caller; a
+							// prefix of them all is.
+							(m.SpiffeID.Type == policy.Prefix || !strings.HasPrefix(second, "spiffe://"))
 					})
 				d, err := envoytest.Call(res, inbound, envoytest.Caller{Names: names})
 				if err != nil {
