@@ -1,0 +1,82 @@
+package cp
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"kuma/internal/conf"
+)
+
+// Main is the command kuma-cp. Env is the environment, as os.Environ gives it.
+// It returns the exit code: 0, or 1 after it has written "Error: …" to stderr.
+func Main(ctx context.Context, args, env []string, stdout, stderr io.Writer) int {
+	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	root := &cobra.Command{Use: "kuma-cp", Short: "The control plane of a service mesh", SilenceUsage: true, SilenceErrors: true}
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	var level string
+	root.PersistentFlags().StringVar(&level, "log-level", "info", "what is logged: off, info or debug")
+	root.AddCommand(runCommand(&level, env), versionCommand())
+	if err := root.ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(stderr, "Error:", err)
+		return 1
+	}
+	return 0
+}
+
+func runCommand(level *string, env []string) *cobra.Command {
+	var file string
+	c := &cobra.Command{
+		Use: "run", Short: "Run the control plane until SIGTERM or SIGINT", Args: cobra.NoArgs,
+		Example: "  kuma-cp run\n  KUMA_STORE_TYPE=memory kuma-cp run\n  kuma-cp run --config-file kuma-cp.yaml",
+		RunE: func(c *cobra.Command, _ []string) error {
+			log, err := Logger(c.ErrOrStderr(), *level)
+			if err != nil {
+				return err
+			}
+			return run(c.Context(), file, env, log)
+		},
+	}
+	c.Flags().StringVarP(&file, "config-file", "c", "", "configuration, YAML; KUMA_* variables win over it")
+	return c
+}
+
+func run(ctx context.Context, file string, env []string, log *slog.Logger) error {
+	cfg, warnings, err := Load(file, env)
+	for _, w := range warnings {
+		log.Warn("setting without effect", "warning", w)
+	}
+	if err != nil {
+		return fmt.Errorf("configuration: %w", err)
+	}
+	c, err := New(ctx, cfg, log)
+	if err != nil {
+		return err
+	}
+	return c.Run(ctx)
+}
+
+func versionCommand() *cobra.Command {
+	var detailed bool
+	c := &cobra.Command{
+		Use: "version", Short: "Print the version", Args: cobra.NoArgs,
+		Run: func(c *cobra.Command, _ []string) {
+			b := conf.Build()
+			if !detailed {
+				fmt.Fprintln(c.OutOrStdout(), b.Product+":", b.Version)
+				return
+			}
+			fmt.Fprintf(c.OutOrStdout(), "Product:    %s\nVersion:    %s\nGit Commit: %s\nBuild Date: %s\n", b.Product, b.Version, b.GitCommit, b.BuildDate)
+		},
+	}
+	c.Flags().BoolVarP(&detailed, "detailed", "a", false, "print commit and date too")
+	return c
+}
