@@ -38,8 +38,9 @@ type Grant struct {
 // most one field is set; none means anyone.
 //
 // A certificate may hold several SPIFFE ids, one for each service of its proxy.
-// ID and Under mean the caller as a whole where they allow: the one that matches
-// must be its only one. Where they deny, one that matches is enough.
+// ID and Under mean the caller as a whole where they allow: each of its SPIFFE ids
+// must match, so that for ID it has only one. Where they deny, one that matches
+// is enough.
 type Caller struct {
 	// Name is met where one of the names is this.
 	Name string

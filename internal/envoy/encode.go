@@ -20,13 +20,7 @@ import (
 
 // Encode packs everything once. The Config must not be changed afterwards.
 func (c *Config) Encode() (Resources, error) {
-	e := encoder{out: Resources{}}
-	for _, t := range Types() {
-		e.out[t] = map[string]*Packed{}
-	}
-	for _, cl := range c.Clusters() {
-		e.cluster(cl)
-	}
+	e := newEncoder()
 	for _, p := range c.Endpoints {
 		e.out[EndpointType][p.Name] = p
 	}
@@ -34,10 +28,25 @@ func (c *Config) Encode() (Resources, error) {
 		e.add(SecretType, s.Name, s)
 	}
 	for _, in := range c.Inbounds {
+		if e.out[ClusterType][in.Cluster.Name] == nil {
+			e.cluster(in.Cluster)
+		}
 		e.inbound(in)
 	}
 	for _, o := range c.Outbounds {
-		e.outbound(o)
+		known := o.Cluster == nil || e.out[ClusterType][o.Cluster.Name] != nil
+		switch {
+		case o.sealed == nil:
+			if !known {
+				e.cluster(o.Cluster)
+			}
+			e.outbound(o)
+		default:
+			if !known {
+				e.out[ClusterType][o.Cluster.Name] = o.sealed.cluster
+			}
+			e.put(ListenerType, o.sealed.listener)
+		}
 	}
 	if e.err != nil {
 		return nil, e.err
@@ -51,17 +60,29 @@ type encoder struct {
 	err error
 }
 
+func newEncoder() *encoder {
+	e := &encoder{out: Resources{}}
+	for _, t := range Types() {
+		e.out[t] = map[string]*Packed{}
+	}
+	return e
+}
+
 func (e *encoder) add(typ, name string, m proto.Message) {
 	p, err := Pack(name, m)
 	if err != nil {
 		e.fail(name, err)
 		return
 	}
-	if e.out[typ][name] != nil {
-		e.fail(name, fmt.Errorf("there are two of this name"))
+	e.put(typ, p)
+}
+
+func (e *encoder) put(typ string, p *Packed) {
+	if e.out[typ][p.Name] != nil {
+		e.fail(p.Name, fmt.Errorf("there are two of this name"))
 		return
 	}
-	e.out[typ][name] = p
+	e.out[typ][p.Name] = p
 }
 
 func (e *encoder) fail(name string, err error) {

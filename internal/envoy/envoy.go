@@ -37,6 +37,9 @@ func IsHTTP(protocol string) bool {
 }
 
 // Config is one proxy's configuration, open to change until Encode.
+//
+// Policies see it in parts: once with the inbounds, and once for each outbound
+// alone, for proxies whose inputs are the same share outbounds.
 type Config struct {
 	// Mesh is the proxy's mesh; its name is the trust domain.
 	Mesh string
@@ -117,9 +120,33 @@ type Outbound struct {
 	// HTTP is set for HTTP protocols, Stream for the others.
 	HTTP   *HTTP
 	Stream *tcpproxyv3.TcpProxy
-	// Cluster is shared by all outbounds that lead to one destination. It is nil
-	// where nothing can be reached; an Issue says why.
+	// Cluster leads to the destination. It is the same for all outbounds that lead
+	// there. It is nil where nothing can be reached; an Issue says why.
 	Cluster *Cluster
+
+	// sealed is what Seal packed.
+	sealed *sealed
+}
+
+// sealed is an outbound that many proxies share, packed once for all of them.
+type sealed struct{ listener, cluster *Packed }
+
+// Seal packs the outbound, so that many Configs may hold it. Nobody may change
+// it afterwards.
+func (o *Outbound) Seal() error {
+	e := newEncoder()
+	if o.Cluster != nil {
+		e.cluster(o.Cluster)
+	}
+	e.outbound(o)
+	if e.err != nil {
+		return e.err
+	}
+	o.sealed = &sealed{listener: e.out[ListenerType][o.Name]}
+	if o.Cluster != nil {
+		o.sealed.cluster = e.out[ClusterType][o.Cluster.Name]
+	}
+	return nil
 }
 
 // A Destination is a service as policies see it.

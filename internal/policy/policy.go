@@ -7,6 +7,7 @@ package policy
 
 import (
 	"cmp"
+	"encoding/binary"
 	"fmt"
 	"slices"
 	"strings"
@@ -30,8 +31,12 @@ type Policy interface {
 type Prepared interface {
 	// Apply changes the configuration of the proxy as the policies that select it
 	// say, except those left out. On an error the configuration is half changed:
-	// make it anew.
+	// make it anew. In a configuration without inbounds only "to" counts.
 	Apply(c *envoy.Config, d mesh.Dataplane, except []resource.Key) error
+	// Towards appends to b what tells the selected policies with a "to" from any
+	// other choice among these: where it is the same, Apply does the same to an
+	// outbound.
+	Towards(b []byte, d mesh.Dataplane) []byte
 	// Selected returns the policies that select the proxy, later ones win.
 	Selected(d mesh.Dataplane) []*resource.Resource
 	// Explain says what they come to, for each inbound and outbound.
@@ -114,31 +119,33 @@ type prepared[C any] struct {
 	to       []toItem[C]
 }
 
-func (p *prepared[C]) rules(d mesh.Dataplane, except []resource.Key) Rules[C] {
-	r := Rules[C]{dataplane: d}
-	var chosen map[*entry[C]]bool
+func (p *prepared[C]) rules(d mesh.Dataplane, except []resource.Key, onlyTo bool) Rules[C] {
+	var r Rules[C]
 	for _, e := range p.policies {
-		if !selects(e.res, e.spec.TargetRef, d) || slices.Contains(except, e.res.Key()) {
+		if onlyTo && len(e.spec.To) == 0 || !selects(e.res, e.spec.TargetRef, d) || slices.Contains(except, e.res.Key()) {
 			continue
 		}
 		r.policies = append(r.policies, e)
-		if chosen == nil {
-			chosen = map[*entry[C]]bool{}
-		}
-		chosen[e] = true
 	}
-	if chosen != nil {
-		for _, t := range p.to {
-			if chosen[t.entry] {
-				r.to = append(r.to, t)
-			}
+	for _, t := range p.to {
+		if slices.Contains(r.policies, t.entry) {
+			r.to = append(r.to, t)
 		}
 	}
 	return r
 }
 
+func (p *prepared[C]) Towards(b []byte, d mesh.Dataplane) []byte {
+	for i, e := range p.policies {
+		if len(e.spec.To) > 0 && selects(e.res, e.spec.TargetRef, d) {
+			b = binary.AppendUvarint(b, uint64(i)+1)
+		}
+	}
+	return append(b, 0)
+}
+
 func (p *prepared[C]) Apply(c *envoy.Config, d mesh.Dataplane, except []resource.Key) (err error) {
-	r := p.rules(d, except)
+	r := p.rules(d, except, len(c.Inbounds) == 0)
 	if len(r.policies) == 0 {
 		return nil
 	}
@@ -164,9 +171,8 @@ func (p *prepared[C]) Selected(d mesh.Dataplane) []*resource.Resource {
 
 // Rules answers, for one proxy, which configuration holds where.
 type Rules[C any] struct {
-	dataplane mesh.Dataplane
-	policies  []*entry[C]
-	to        []toItem[C]
+	policies []*entry[C]
+	to       []toItem[C]
 }
 
 // Outbound returns the merged configuration towards a destination. It is false
@@ -322,7 +328,7 @@ type AppliedOutbound struct {
 }
 
 func (p *prepared[C]) Explain(c *envoy.Config, d mesh.Dataplane) Applied {
-	r := p.rules(d, nil)
+	r := p.rules(d, nil, false)
 	out := Applied{Kind: p.policy.t.Kind}
 	for _, e := range r.policies {
 		out.Policies = append(out.Policies, e.res)

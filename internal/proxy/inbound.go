@@ -114,16 +114,10 @@ func (w *work) inbound(in *mesh.Inbound, clusters map[string]*envoy.Cluster) *en
 // http is what all listeners with HTTP have in common: one virtual host with
 // one route.
 func (w *work) http(statPrefix, routes, host, protocol string, route *routev3.Route) *envoy.HTTP {
-	internal := &hcmv3.HttpConnectionManager_InternalAddressConfig{}
-	for _, c := range w.cfg.InternalCIDRs {
-		if p, err := netip.ParsePrefix(c); err == nil {
-			internal.CidrRanges = append(internal.CidrRanges, &corev3.CidrRange{AddressPrefix: p.Addr().String(), PrefixLen: wrapperspb.UInt32(uint32(p.Bits()))})
-		}
-	}
 	h := &envoy.HTTP{
 		HttpConnectionManager: &hcmv3.HttpConnectionManager{
 			StatPrefix:                statPrefix,
-			InternalAddressConfig:     internal,
+			InternalAddressConfig:     w.internal,
 			CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{IdleTimeout: durationpb.New(0)},
 		},
 		Routes: &routev3.RouteConfiguration{

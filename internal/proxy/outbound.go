@@ -18,6 +18,7 @@ import (
 	"kuma/internal/envoy"
 	"kuma/internal/mesh"
 	"kuma/internal/names"
+	"kuma/internal/policy"
 	"kuma/internal/resource"
 	"kuma/internal/state"
 )
@@ -40,24 +41,113 @@ type target struct {
 	port    *mesh.ServicePort
 }
 
-func (w *work) outbounds() {
-	clusters := map[string]*envoy.Cluster{}
+// unit is one outbound with policies applied, which proxies share.
+type unit struct {
+	// out is nil where there is nothing to make.
+	out    *envoy.Outbound
+	target *target
+	issues []string
+	failed policy.Prepared
+	err    error
+}
+
+// unitKey is all that a unit depends on besides the picture of the mesh.
+type unitKey struct {
+	g        *Generator
+	link     bool
+	identity bool
+	address  string
+	port     uint32
+	to       string
+	policies string
+}
+
+// outbounds makes each outbound. Proxies with the same inputs share it: they see
+// the same picture, and nothing else than the key goes in.
+func (w *work) outbounds(policies []policy.Prepared, except []resource.Key, share bool) (failed policy.Prepared, err error) {
+	if len(w.net.Outbound) == 0 {
+		return nil, nil
+	}
+	key := unitKey{g: w.Generator, link: w.proxy.Link, identity: len(w.dp.Spec.Services()) > 0}
+	if share {
+		var b []byte
+		for _, p := range policies {
+			b = p.Towards(b, w.dp)
+		}
+		key.policies = string(b)
+	}
+	sets := map[string]bool{}
 	for i := range w.net.Outbound {
 		o := &w.net.Outbound[i]
-		t, err := w.target(o)
-		if err != nil {
-			w.out.Report(w.dp.Key(), "outbound %d is left out: %s", o.Port, err)
+		compute := func() *unit { return w.unit(o, key.identity, policies, except) }
+		var u *unit
+		if share {
+			key.address, key.port, key.to = o.ListenAddress(), o.Port, describe(o)
+			u = state.Shared(w.mesh, key, func() *unit {
+				u := compute()
+				if u.err == nil && u.out != nil {
+					u.err = u.out.Seal()
+				}
+				return u
+			})
+		} else {
+			u = compute()
+		}
+		if u.err != nil {
+			return u.failed, u.err
+		}
+		for _, m := range u.issues {
+			w.out.Report(w.dp.Key(), "%s", m)
+		}
+		if u.out == nil {
 			continue
 		}
-		out := w.outbound(o, t)
-		if out.Cluster = clusters[t.cluster]; out.Cluster == nil {
-			if out.Cluster = w.cluster(t); out.Cluster != nil {
-				clusters[t.cluster] = out.Cluster
-				w.out.Endpoints = append(w.out.Endpoints, w.endpoints(t))
-			}
+		w.out.Outbounds = append(w.out.Outbounds, u.out)
+		if u.out.Cluster != nil && !sets[u.target.cluster] {
+			sets[u.target.cluster] = true
+			w.out.Endpoints = append(w.out.Endpoints, w.endpoints(u.target))
 		}
-		w.out.Outbounds = append(w.out.Outbounds, out)
 	}
+	return nil, nil
+}
+
+// describe tells where an outbound leads from where any other does.
+func describe(o *mesh.Outbound) string {
+	if r := o.BackendRef; r != nil {
+		return fmt.Sprintf("%q %q %d %q", r.Kind, r.Name, r.Port, mesh.FormatTags(r.Labels))
+	}
+	if len(o.Tags) == 1 {
+		return o.Tags[mesh.TagService]
+	}
+	return mesh.FormatTags(o.Tags)
+}
+
+// unit makes one outbound and applies policies to it alone.
+func (w *work) unit(o *mesh.Outbound, identity bool, policies []policy.Prepared, except []resource.Key) *unit {
+	t, err := w.target(o)
+	if err != nil {
+		return &unit{issues: []string{fmt.Sprintf("outbound %d is left out: %s", o.Port, err)}}
+	}
+	u := &unit{out: w.outbound(o, t), target: t}
+	if w.secured(t) && !identity {
+		u.issues = append(u.issues, fmt.Sprintf("can't reach %s: this proxy has no %s tag, so it gets no certificate; give it an inbound or a gateway with that tag", t.Name(), mesh.TagService))
+	} else {
+		u.out.Cluster = w.cluster(t)
+	}
+	c := &envoy.Config{Mesh: w.mesh.Name, Outbounds: []*envoy.Outbound{u.out}}
+	for _, p := range policies {
+		if err := p.Apply(c, w.dp, except); err != nil {
+			return &unit{failed: p, err: err}
+		}
+	}
+	return u
+}
+
+// secured reports whether connections to the destination use mutual TLS. They
+// don't only where the mesh has none, or is PERMISSIVE and not all peers have
+// certificates.
+func (w *work) secured(t *target) bool {
+	return w.backend != nil && (w.backend.Mode != mesh.Permissive || t.ready)
 }
 
 // target finds out where an outbound leads.
@@ -203,8 +293,7 @@ func (w *work) outbound(o *mesh.Outbound, t *target) *envoy.Outbound {
 	return out
 }
 
-// cluster leads to a service's proxies. It is nil where this proxy can't reach
-// any.
+// cluster leads to a service's proxies.
 func (w *work) cluster(t *target) *envoy.Cluster {
 	cl := &envoy.Cluster{
 		Cluster: &clusterv3.Cluster{
@@ -225,13 +314,8 @@ func (w *work) cluster(t *target) *envoy.Cluster {
 	if envoy.IsHTTP(t.Protocol) {
 		cl.Protocol.CommonHttpProtocolOptions = &corev3.HttpProtocolOptions{IdleTimeout: durationpb.New(outboundIdle)}
 	}
-	if w.backend == nil || w.backend.Mode == mesh.Permissive && !t.ready {
-		return cl
+	if w.secured(t) {
+		cl.TLS = envoy.ClientTLS(w.mesh.Name, w.proxy.Link, t.sni, t.peers)
 	}
-	if len(state.IdentityOf(w.dp).Services) == 0 {
-		w.out.Report(w.dp.Key(), "can't reach %s: this proxy has no %s tag, so it gets no certificate; give it an inbound or a gateway with that tag", t.Name(), mesh.TagService)
-		return nil
-	}
-	cl.TLS = envoy.ClientTLS(w.mesh.Name, w.proxy.Link, t.sni, t.peers)
 	return cl
 }

@@ -3,8 +3,13 @@
 package proxy
 
 import (
+	"net/netip"
 	"slices"
 	"strings"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"kuma/internal/envoy"
 	"kuma/internal/errs"
@@ -43,13 +48,17 @@ type Config struct {
 	// be nil; then endpoints with host names for addresses are left out, for
 	// Envoy takes only IP addresses there.
 	Resolve func(host string) []string
-	// InternalCIDRs are the networks whose callers Envoy takes for internal; the
-	// default is the private networks and the control plane's virtual ones.
+	// InternalCIDRs are the networks whose callers Envoy takes for internal; what
+	// is no CIDR is left out. The default is the private networks and the control plane's virtual ones.
 	InternalCIDRs []string
 }
 
 // A Generator makes configurations. Many may be made at once.
-type Generator struct{ cfg Config }
+type Generator struct {
+	cfg Config
+	// internal is what all listeners with HTTP share of the configuration.
+	internal *hcmv3.HttpConnectionManager_InternalAddressConfig
+}
 
 // New makes a generator.
 func New(cfg Config) *Generator {
@@ -62,7 +71,13 @@ func New(cfg Config) *Generator {
 	if cfg.InternalCIDRs == nil {
 		cfg.InternalCIDRs = []string{"10.0.0.0/8", "192.168.0.0/16", "172.16.0.0/12", "fc00::/7", "241.0.0.0/8", "242.0.0.0/8", "243.0.0.0/8"}
 	}
-	return &Generator{cfg}
+	internal := &hcmv3.HttpConnectionManager_InternalAddressConfig{}
+	for _, c := range cfg.InternalCIDRs {
+		if p, err := netip.ParsePrefix(c); err == nil {
+			internal.CidrRanges = append(internal.CidrRanges, &corev3.CidrRange{AddressPrefix: p.Addr().String(), PrefixLen: wrapperspb.UInt32(uint32(p.Bits()))})
+		}
+	}
+	return &Generator{cfg, internal}
 }
 
 // work is one generation.
@@ -82,27 +97,38 @@ type work struct {
 // reported among the Config's issues. Errors: errs.NotFound where there is no
 // such mesh or Dataplane.
 func (g *Generator) Generate(pic *state.Picture, p Proxy) (*envoy.Config, error) {
+	w, err := g.start(pic, p)
+	if err != nil {
+		return nil, err
+	}
+	all := g.policies(w.mesh)
+	c, failed, err := w.build(all, nil, true)
+	if err == nil {
+		return c, nil
+	}
+	// Rare: some policy can't be applied. Find out which, and do without it.
 	var except []resource.Key
 	var issues []envoy.Issue
-	for {
-		w, err := g.base(pic, p)
-		if err != nil {
+	for err != nil {
+		if failed == nil {
 			return nil, err
 		}
-		failed, err := w.apply(except)
-		if err == nil {
-			w.out.Issues = append(w.out.Issues, issues...)
-			return w.out, nil
+		culprits := w.culprits(failed, except)
+		if len(culprits) == 0 {
+			return nil, err
 		}
-		for _, r := range g.culprits(pic, p, failed, except) {
+		for _, r := range culprits {
 			except = append(except, r.Key())
 			issues = append(issues, envoy.Issue{Resource: r.Key(), Message: "is left out: " + err.Error()})
 		}
+		c, failed, err = w.build(all, except, false)
 	}
+	c.Issues = append(c.Issues, issues...)
+	return c, nil
 }
 
-// base makes the configuration before policies.
-func (g *Generator) base(pic *state.Picture, p Proxy) (*work, error) {
+// start finds the proxy in the picture.
+func (g *Generator) start(pic *state.Picture, p Proxy) (*work, error) {
 	m := pic.Mesh(p.Key.Mesh)
 	if m == nil {
 		return nil, errs.New(errs.NotFound, "mesh %q does not exist", p.Key.Mesh)
@@ -111,15 +137,29 @@ func (g *Generator) base(pic *state.Picture, p Proxy) (*work, error) {
 	if !ok {
 		return nil, errs.New(errs.NotFound, "dataplane %q does not exist in mesh %q", p.Key.Name, p.Key.Mesh)
 	}
-	w := &work{Generator: g, mesh: m, dp: d, net: d.Spec.Networking, proxy: p, out: &envoy.Config{Mesh: m.Name}, backend: m.Spec.EnabledBackend()}
-	if w.net == nil {
-		return w, nil
+	net := d.Spec.Networking
+	if net == nil {
+		net = &mesh.Networking{}
 	}
+	return &work{Generator: g, mesh: m, dp: d, net: net, proxy: p, backend: m.Spec.EnabledBackend()}, nil
+}
+
+// build makes the configuration and applies policies to it, except some. It
+// stops at the first kind that fails. Shared outbounds are sealed.
+func (w *work) build(policies []policy.Prepared, except []resource.Key, share bool) (c *envoy.Config, failed policy.Prepared, err error) {
+	w.out = &envoy.Config{Mesh: w.mesh.Name}
 	w.inbounds()
-	w.outbounds()
-	w.trust()
 	w.permissions()
-	return w, nil
+	for _, p := range policies {
+		if err := p.Apply(w.out, w.dp, except); err != nil {
+			return nil, p, err
+		}
+	}
+	if failed, err := w.outbounds(policies, except, share); err != nil {
+		return nil, failed, err
+	}
+	w.trust()
+	return w.out, nil, nil
 }
 
 // policies returns the mesh's policies of each kind, in order.
@@ -134,38 +174,23 @@ func (g *Generator) policies(m *state.Mesh) []policy.Prepared {
 	})
 }
 
-// apply applies all policies but the excepted. It stops at the first kind that
-// fails.
-func (w *work) apply(except []resource.Key) (failed policy.Prepared, err error) {
-	for _, p := range w.policies(w.mesh) {
-		if err := p.Apply(w.out, w.dp, except); err != nil {
-			return p, err
-		}
-	}
-	return nil, nil
-}
-
 // culprits finds out which policies of a kind fail when they are alone. If each
 // works alone, all of the kind are left out.
-func (g *Generator) culprits(pic *state.Picture, p Proxy, failed policy.Prepared, except []resource.Key) []*resource.Resource {
-	w, err := g.base(pic, p)
-	if err != nil {
-		return nil
-	}
-	all := slices.DeleteFunc(failed.Selected(w.dp), func(r *resource.Resource) bool { return slices.Contains(except, r.Key()) })
-	var out []*resource.Resource
-	for _, r := range all {
+func (w *work) culprits(failed policy.Prepared, except []resource.Key) []*resource.Resource {
+	selected := failed.Selected(w.dp)
+	var all, out []*resource.Resource
+	for _, r := range selected {
+		if slices.Contains(except, r.Key()) {
+			continue
+		}
+		all = append(all, r)
 		var others []resource.Key
-		for _, o := range failed.Selected(w.dp) {
+		for _, o := range selected {
 			if o.Key() != r.Key() {
 				others = append(others, o.Key())
 			}
 		}
-		alone, err := g.base(pic, p)
-		if err != nil {
-			return all
-		}
-		if failed.Apply(alone.out, alone.dp, others) != nil {
+		if _, _, err := w.build([]policy.Prepared{failed}, others, false); err != nil {
 			out = append(out, r)
 		}
 	}
@@ -304,13 +329,17 @@ func uses(pic *state.Picture, d, peer mesh.Dataplane) bool {
 // by kind, in the order of application, older permissions last. Errors are those
 // of Generate.
 func (g *Generator) Explain(pic *state.Picture, p Proxy) ([]policy.Applied, error) {
-	w, err := g.base(pic, p)
+	w, err := g.start(pic, p)
+	if err != nil {
+		return nil, err
+	}
+	c, _, err := w.build(nil, nil, false)
 	if err != nil {
 		return nil, err
 	}
 	var out []policy.Applied
 	for _, prepared := range g.policies(w.mesh) {
-		if a := prepared.Explain(w.out, w.dp); len(a.Policies) > 0 {
+		if a := prepared.Explain(c, w.dp); len(a.Policies) > 0 {
 			out = append(out, a)
 		}
 	}

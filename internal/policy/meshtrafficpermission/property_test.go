@@ -59,7 +59,7 @@ func pick[T any](r *rand.Rand, list ...T) T { return list[r.IntN(len(list))] }
 // for every caller who may exist: the answer is that of the last entry, in the
 // contract's order, that names the caller (HRD-16).
 func TestFromAgainstReference(t *testing.T) {
-	for seed := range uint64(150) {
+	for seed := range uint64(60) {
 		r := rand.New(rand.NewPCG(seed, 1))
 		rs := world(t)
 		var sets []*resource.Resource
@@ -159,7 +159,7 @@ func TestRulesAgainstLiteralMeaning(t *testing.T) {
 		"spiffe://default/a", "spiffe://default/ab", "spiffe://default/a/b", "spiffe://default/a.b", "spiffe://default/aXb",
 		"spiffe://default/a/b/c", "spiffe://default/a.b/c", "spiffe://default/a-b", "spiffe://default/b",
 	}
-	for seed := range uint64(150) {
+	for seed := range uint64(60) {
 		r := rand.New(rand.NewPCG(seed, 2))
 		rs := world(t)
 		var allow, deny []policy.Match
