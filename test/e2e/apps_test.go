@@ -12,7 +12,6 @@ import (
 	"net"
 	"net/http"
 	"strconv"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -77,9 +76,8 @@ func (r *room) listen() net.Listener {
 
 func port(l net.Listener) int { return l.Addr().(*net.TCPAddr).Port }
 
-// echo starts a workload that greets each TCP connection with its name and
-// then says what it hears.
-func (r *room) echo(name string) int {
+// echo starts a workload that says back what it hears over TCP.
+func (r *room) echo() int {
 	r.Helper()
 	l := r.listen()
 	r.Cleanup(func() { _ = l.Close() })
@@ -91,7 +89,6 @@ func (r *room) echo(name string) int {
 			}
 			go func() {
 				defer c.Close()
-				_, _ = io.WriteString(c, name+"\n")
 				_, _ = io.Copy(c, c)
 			}()
 		}
@@ -192,20 +189,18 @@ type line struct {
 	r *bufio.Reader
 }
 
-// dial connects to an echo and reads its greeting.
-func dial(port int) (*line, string, error) {
+// dial connects to an echo and hears it once.
+func dial(port int) (*line, error) {
 	c, err := net.DialTimeout("tcp4", "127.0.0.1:"+strconv.Itoa(port), 3*time.Second)
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
 	l := &line{c, bufio.NewReader(c)}
-	_ = c.SetDeadline(time.Now().Add(3 * time.Second))
-	hello, err := l.r.ReadString('\n')
-	if err != nil {
+	if err := l.say("hello"); err != nil {
 		_ = c.Close()
-		return nil, "", err
+		return nil, err
 	}
-	return l, strings.TrimSpace(hello), nil
+	return l, nil
 }
 
 // say says something and expects it to come back.
@@ -221,21 +216,13 @@ func (l *line) say(s string) error {
 	return err
 }
 
-// greets waits until an echo behind the port greets with its name.
-func (r *room) greets(port int, name string) *line {
+// dials waits until an echo behind the port is heard.
+func (r *room) dials(port int) *line {
 	r.Helper()
 	var l *line
-	r.await(fmt.Sprintf("port %d greets", port), func() error {
-		c, hello, err := dial(port)
-		if err != nil {
-			return err
-		}
-		if hello != name {
-			_ = c.Close()
-			return fmt.Errorf("%q", hello)
-		}
-		l = c
-		return nil
+	r.await(fmt.Sprintf("port %d echoes", port), func() (err error) {
+		l, err = dial(port)
+		return err
 	})
 	r.Cleanup(func() { _ = l.Close() })
 	return l
