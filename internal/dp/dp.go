@@ -294,6 +294,11 @@ func (p *proxy) run(ctx, life context.Context, running *sync.WaitGroup, v envoyV
 	for {
 		select {
 		case <-e.ended:
+			// Nobody should be sent here any more.
+			p.state.set(func(s *state) { s.terminating = true })
+			if p.link != nil {
+				p.link.leave(life, lastWord)
+			}
 			if err := e.reason(); err != nil {
 				p.cfg.Log.Error("envoy ended", "error", err)
 				return err
@@ -317,6 +322,8 @@ const (
 	slowWelcome = time.Second
 	// leavePatience is how long the control plane may take to note a leaving.
 	leavePatience = time.Second
+	// lastWord is how long it may take when Envoy is gone already.
+	lastWord = 200 * time.Millisecond
 	// endPatience is how long Envoy may take to end when it is told to.
 	endPatience = 5 * time.Second
 )

@@ -222,12 +222,19 @@ func TestReadyMeansAble(t *testing.T) {
 	}
 }
 
-// What Envoy ends with, kuma-dp ends with.
+// What Envoy ends with, kuma-dp ends with, after it has told the control plane
+// that nobody should be sent here any more.
 func TestEnvoyEnds(t *testing.T) {
 	t.Parallel()
 	t.Run("killed", func(t *testing.T) {
 		t.Parallel()
-		p := &plane{serve: answerAll(nil)}
+		left := make(chan struct{}, 1)
+		p := &plane{serve: answerAll(func(_ *stream, m *linkpb.FromProxy) error {
+			if m.GetLeaving() != nil {
+				left <- struct{}{}
+			}
+			return nil
+		})}
 		p.start(t)
 		r := launch(t, p, nil)
 		r.until("ready", func() bool { code, _, _ := r.ready(); return code == 200 })
@@ -236,6 +243,9 @@ func TestEnvoyEnds(t *testing.T) {
 		}
 		if err := r.end(); err == nil || err.Error() != "signal: killed" {
 			t.Errorf("ended with %v", err)
+		}
+		if len(left) != 1 {
+			t.Error("leaving was not announced")
 		}
 	})
 	t.Run("terminated", func(t *testing.T) {
@@ -555,10 +565,12 @@ func TestDenials(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for _, l := range []string{"not json\n", "{broken\n", "{}\n", strings.Repeat("x", 100<<10) + "\n",
+	for _, l := range []string{
+		"not json\n", "{broken\n", "{}\n", strings.Repeat("x", 100<<10) + "\n",
 		fmt.Sprintf(`{"address":%q,"message":"one"}`+"\n", collector.Addr()),
 		fmt.Sprintf(`{"address":%q,"message":{"two":2}}`+"\n", collector.Addr()),
-		fmt.Sprintf("%s;three\n", collector.Addr())} {
+		fmt.Sprintf("%s;three\n", collector.Addr()),
+	} {
 		if _, err := f.WriteString(l); err != nil {
 			t.Fatal(err)
 		}

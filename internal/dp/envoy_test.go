@@ -15,12 +15,12 @@ import (
 	"kuma/proto/linkpb"
 )
 
-// realEnvoy is an Envoy to test with: the path in KUMA_TEST_ENVOY.
+// realEnvoy is an Envoy to test with: the path in the variable ENVOY.
 func realEnvoy(t *testing.T) string {
 	t.Helper()
-	p := os.Getenv("KUMA_TEST_ENVOY")
+	p := os.Getenv("ENVOY")
 	if p == "" {
-		t.Skip("KUMA_TEST_ENVOY names no Envoy")
+		t.Skip("ENVOY names no Envoy")
 	}
 	return p
 }
@@ -70,7 +70,8 @@ static_resources:
 `, filepath.Join(r.Workdir, "kuma-envoy-admin.sock"), filepath.Join(r.Workdir, "kuma-sds.sock"), port)
 }
 
-// A real Envoy gets its certificate over the local socket, serves TLS with it,
+// HRD-30: Envoy's admin interface and the sockets beside it are for this user
+// alone. A real Envoy gets its certificate over the local socket, serves TLS with it,
 // and takes the next one without a restart.
 func TestRealEnvoyServesIssuedCertificate(t *testing.T) {
 	binary := realEnvoy(t)

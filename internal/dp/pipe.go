@@ -207,8 +207,15 @@ func (p *logPipe) denied(d *denial) {
 		key   string
 		value text
 	}{
-		{"inbound", d.Inbound}, {"caller", d.Caller}, {"method", d.Method}, {"path", d.Path}, {"authority", d.Authority},
-		{"protocol", d.Protocol}, {"reason", d.Reason}, {"peer", d.Peer}, {"start", d.Start},
+		{"inbound", d.Inbound},
+		{"caller", d.Caller},
+		{"method", d.Method},
+		{"path", d.Path},
+		{"authority", d.Authority},
+		{"protocol", d.Protocol},
+		{"reason", d.Reason},
+		{"peer", d.Peer},
+		{"start", d.Start},
 	} {
 		if a.value != "" {
 			args = append(args, a.key, cut(a.value))
