@@ -48,6 +48,34 @@ func Peek(doc []byte) (Header, error) {
 // back with an edited document and are then ignored.
 var serverFields = []string{"creationTime", "modificationTime", "kri", "snis", "status"}
 
+// Malformed is the cause of an error of Decode where a value is not of the sort
+// that its field has, rather than a field that does not exist.
+type Malformed struct {
+	// Kind is the resource's kind, Reason what is wrong with the first value.
+	Kind, Reason string
+}
+
+// Error says it in the contract's words.
+func (m *Malformed) Error() string { return fmt.Sprintf("invalid %s object: %q", m.Kind, m.Reason) }
+
+// DecodeInto reads one JSON value, which is no resource, into what into points
+// to. Unknown fields are errors unless lenient. Failures are errs.Invalid, as
+// those of Decode.
+func DecodeInto(into any, doc []byte, lenient bool) error {
+	if len(doc) > MaxSize {
+		return errs.New(errs.Invalid, "it has %d bytes, the limit is %d", len(doc), MaxSize)
+	}
+	var raw json.RawMessage
+	if err := json.Unmarshal(doc, &raw); err != nil {
+		return errs.New(errs.Invalid, "%w", err)
+	}
+	w := walker{lenient: lenient}
+	if err := w.decode(into, doc, ""); err != nil {
+		return errs.New(errs.Invalid, "%w", err)
+	}
+	return errs.Fields(w.bad...)
+}
+
 // Decode reads one resource of the kind from JSON. A field that does not exist
 // is an error that names the nearest one that does; lenient drops it instead,
 // as the original does. Specifications are given their defaults but not
@@ -59,7 +87,7 @@ func Decode(k *Kind, doc []byte, lenient bool) (*Resource, error) {
 		return nil, err
 	}
 	r := &Resource{Kind: k, Spec: k.New()}
-	var bad []errs.Field
+	w := walker{lenient: lenient}
 	var kindName string
 	for _, f := range []struct {
 		name string
@@ -70,14 +98,12 @@ func Decode(k *Kind, doc []byte, lenient bool) (*Resource, error) {
 			continue
 		}
 		delete(top, f.name)
-		more, err := decodeInto(f.into, raw, f.name, lenient)
-		if err != nil {
+		if err := w.decode(f.into, raw, f.name); err != nil {
 			return nil, errs.New(errs.Invalid, "invalid %s object: %q", k.Name, err.Error())
 		}
-		bad = append(bad, more...)
 	}
 	if kindName != "" && kindName != k.Name {
-		bad = append(bad, errs.Field{Path: "type", Message: fmt.Sprintf("is %q, but a %s is expected here", short(kindName), k.Name)})
+		w.bad = append(w.bad, errs.Field{Path: "type", Message: fmt.Sprintf("is %q, but a %s is expected here", short(kindName), k.Name)})
 	}
 	for _, f := range serverFields {
 		delete(top, f)
@@ -87,9 +113,7 @@ func Decode(k *Kind, doc []byte, lenient bool) (*Resource, error) {
 		delete(top, "spec")
 		if !lenient {
 			for _, f := range slices.Sorted(maps.Keys(top)) {
-				if len(bad) < maxBad {
-					bad = append(bad, unknown("", f, []string{"type", "mesh", "name", "labels", "spec"}))
-				}
+				w.unknown("", f, []string{"type", "mesh", "name", "labels", "spec"})
 			}
 		}
 	} else {
@@ -99,14 +123,15 @@ func Decode(k *Kind, doc []byte, lenient bool) (*Resource, error) {
 		path = ""
 	}
 	if len(spec) > 0 && !bytes.Equal(spec, []byte("null")) {
-		more, err := decodeInto(r.Spec, spec, path, lenient)
-		if err != nil {
+		if err := w.decode(r.Spec, spec, path); err != nil {
 			return nil, errs.New(errs.Invalid, "invalid %s object: %q", k.Name, err.Error())
 		}
-		bad = append(bad, more...)
 	}
-	if len(bad) > 0 {
-		return nil, errs.Fields(bad...)
+	switch {
+	case w.malformed != "":
+		return nil, &errs.Error{Kind: errs.Invalid, Fields: w.bad, Cause: &Malformed{k.Name, w.malformed}}
+	case len(w.bad) > 0:
+		return nil, errs.Fields(w.bad...)
 	}
 	if d, ok := r.Spec.(Defaulter); ok {
 		d.Default()
@@ -138,26 +163,26 @@ func object(k *Kind, doc []byte) (map[string]json.RawMessage, error) {
 	return top, nil
 }
 
-// decodeInto reads JSON into what into points to, and returns the fields at
+// decode reads JSON into what into points to, unless fields of it are at
 // fault. What is checked is what is read: of a field that is there twice, the
 // last counts; one that lenient drops is gone.
-func decodeInto(into any, doc []byte, path string, lenient bool) ([]errs.Field, error) {
+func (w *walker) decode(into any, doc []byte, path string) error {
 	var tree any
 	d := json.NewDecoder(bytes.NewReader(doc))
 	d.UseNumber()
 	if err := d.Decode(&tree); err != nil {
-		return nil, err
+		return err
 	}
-	w := walker{lenient: lenient}
+	before := len(w.bad)
 	w.walk(path, tree, reflect.TypeOf(into).Elem(), 0)
-	if len(w.bad) > 0 {
-		return w.bad, nil
+	if len(w.bad) > before || len(w.bad) >= maxBad {
+		return nil
 	}
 	clean, err := Marshal(tree)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	return nil, json.Unmarshal(clean, into)
+	return json.Unmarshal(clean, into)
 }
 
 const (
@@ -174,11 +199,24 @@ const (
 type walker struct {
 	lenient bool
 	bad     []errs.Field
+	// malformed is what is wrong with the first value, if that is not only a
+	// field that does not exist.
+	malformed string
 }
 
 func (w *walker) add(path, message string) {
+	if w.malformed == "" {
+		w.malformed = message
+	}
 	if len(w.bad) < maxBad {
 		w.bad = append(w.bad, errs.Field{Path: path, Message: message})
+	}
+}
+
+// unknown adds a field that does not exist in the object at path.
+func (w *walker) unknown(path, name string, known []string) {
+	if len(w.bad) < maxBad {
+		w.bad = append(w.bad, unknown(path, name, known))
 	}
 }
 
@@ -229,8 +267,8 @@ func (w *walker) walk(path string, v any, t reflect.Type, depth int) {
 				w.walk(join(path, name), m[name], f, depth+1)
 			case w.lenient:
 				delete(m, name)
-			case len(w.bad) < maxBad:
-				w.bad = append(w.bad, unknown(path, name, slices.Sorted(maps.Keys(fields))))
+			default:
+				w.unknown(path, name, slices.Sorted(maps.Keys(fields)))
 			}
 		}
 	case reflect.Map:

@@ -135,12 +135,12 @@ func (s *Server) put(k *resource.Kind) handler {
 		if err != nil {
 			return readError(err)
 		}
+		if h, err := resource.Peek(body); err == nil && h.Type != k.Name {
+			return during(titleProcess, errs.Fields(errs.Field{Path: "type", Message: "type from the URL has to be the same as in body"}))
+		}
 		res, err := resource.Decode(k, body, s.cfg.Lenient)
 		if err != nil {
 			return during(titleProcess, err)
-		}
-		if h, err := resource.Peek(body); err != nil || h.Type != k.Name {
-			return during(titleProcess, errs.Fields(errs.Field{Path: "type", Message: "type from the URL has to be the same as in body"}))
 		}
 		write := s.cfg.Gate.Put
 		dry, err := dryRun(r)

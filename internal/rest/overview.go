@@ -119,7 +119,7 @@ const (
 )
 
 // proxyStatus says whether a proxy is connected and its inbounds are ready
-// (core.md 5.6).
+// (contract).
 func proxyStatus(d *mesh.DataplaneSpec, insight *mesh.DataplaneInsightSpec) string {
 	switch {
 	case insight == nil || !insight.Online() || d.Networking == nil:

@@ -22,7 +22,7 @@ const (
 	titleDelete   = "Could not delete a resource"
 )
 
-// problem is the contract's standard error (core.md 1.5), which follows RFC
+// problem is the contract's standard error, which follows RFC
 // 9457.
 type problem struct {
 	Type   string `json:"type"`
@@ -101,6 +101,9 @@ func (s *Server) problem(w http.ResponseWriter, r *http.Request, title string, e
 			break
 		}
 		set(http.StatusBadRequest, titleProcess, "Resource is not valid")
+		if m, ok := errors.AsType[*resource.Malformed](err); ok {
+			p.Title, p.Detail = "Bad Request", m.Error()
+		}
 		for _, f := range fields {
 			p.InvalidParameters = append(p.InvalidParameters, invalidParameter{f.Path, f.Message})
 			p.Causes = append(p.Causes, cause{f.Path, f.Message})

@@ -1,6 +1,6 @@
 // Package rest is the HTTP API: the same handlers for every kind, and a few
-// routes beside them (core.md 1.5 and 2, security.md 3.4 and 4 of the
-// contract's facts; docs/rest-api.md for what is ours).
+// routes beside them: the contract's (docs/contract.md), and ours
+// (docs/rest-api.md).
 //
 // Every route has an access rule, given where it is declared: a handler runs
 // only for a caller whom its rule lets pass.

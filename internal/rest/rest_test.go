@@ -244,8 +244,7 @@ func parseError(t *testing.T, w *httptest.ResponseRecorder) stdError {
 	return out
 }
 
-// TestErrors holds the errors that were captured from the original (core.md
-// 1.5), and ours for bad input.
+// TestErrors holds the errors that were captured from the original (contract), and ours for bad input.
 func TestErrors(t *testing.T) {
 	a := newAPI(t)
 	a.want(a.put("/meshes/default/dataplanes/web-1", dataplane), 201)
@@ -262,7 +261,10 @@ func TestErrors(t *testing.T) {
 		{"no type", a.admin, "PUT", "/meshes/m2", `{"name":"m2"}`, stdError{400, "Could not process a resource", invalid, []string{"type: type from the URL has to be the same as in body"}}},
 		{"broken JSON", a.admin, "PUT", "/meshes/m2", ``, stdError{400, "Bad Request", `invalid Mesh object: "unexpected end of JSON input"`, nil}},
 		{"unknown field", a.admin, "PUT", "/meshes/m2", `{"type":"Mesh","name":"m2","mtsl":{}}`, stdError{400, "Could not process a resource", invalid, []string{`mtsl: unknown field; did you mean "mtls"?`}}},
-		{"wrong type", a.admin, "PUT", "/meshes/m2", `{"type":"Mesh","name":"m2","mtls":"on"}`, stdError{400, "Could not process a resource", invalid, []string{`mtls: must be an object, not "on"`}}},
+		{"wrong type", a.admin, "PUT", "/meshes/m2", `{"type":"Mesh","name":"m2","mtls":"on"}`, stdError{400, "Bad Request", `invalid Mesh object: "must be an object, not \"on\""`, []string{`mtls: must be an object, not "on"`}}},
+		{"no base64", a.admin, "PUT", "/global-secrets/s", `{"type":"GlobalSecret","name":"s","data":"-"}`, stdError{400, "Bad Request", `invalid GlobalSecret object: "illegal base64 data at input byte 0"`, []string{"data: illegal base64 data at input byte 0"}}},
+		{"no such mode", a.admin, "PUT", "/meshes/m2", `{"type":"Mesh","name":"m2","mtls":{"backends":[{"name":"a","type":"builtin","mode":"ON"}]}}`, stdError{400, "Bad Request", `invalid Mesh object: "value 'ON' is not supported, it must be one of: STRICT, PERMISSIVE"`, []string{"mtls.backends[0].mode: value 'ON' is not supported, it must be one of: STRICT, PERMISSIVE"}}},
+		{"other type", a.admin, "PUT", "/meshes/m2", `{"type":"Zone","name":"m2","enabled":true}`, stdError{400, "Could not process a resource", invalid, []string{"type: type from the URL has to be the same as in body"}}},
 		{"a bad specification hides a bad name", a.admin, "PUT", "/meshes/m2", `{"type":"Mesh","name":"m1","mtls":{"enabledBackend":"x"}}`, stdError{400, "Could not process a resource", invalid, []string{"mtls.enabledBackend: has to be set to one of the backends in the mesh"}}},
 		{"mesh name too long", a.admin, "PUT", "/meshes/" + strings.Repeat("a", 64), `{"type":"Mesh","name":"` + strings.Repeat("a", 64) + `"}`, stdError{400, "Could not process a resource", invalid, []string{"name: cannot be longer than 63 characters"}}},
 		{"upper case", a.admin, "PUT", "/zones/A", `{"type":"Zone","name":"A"}`, stdError{400, "Could not process a resource", invalid, []string{"name: invalid characters: it must consist of lower case letters, digits, '-' and '.', and each part between dots must start and end with a letter or digit"}}},
@@ -446,6 +448,9 @@ func TestTokens(t *testing.T) {
 	}{
 		{a.admin, "/tokens/dataplane", `{}`, stdError{400, request, invalid, []string{"mesh: cannot be empty"}}},
 		{a.admin, "/tokens/dataplane", `{"mesh":"default","type":"foo"}`, stdError{400, request, invalid, []string{"type: foo is not a valid proxy type"}}},
+		{a.admin, "/tokens/dataplane", `{"mesh":"default","nmae":"web-1"}`, stdError{400, request, invalid, []string{`nmae: unknown field; did you mean "name"?`}}},
+		{a.admin, "/tokens/dataplane", `{"mesh":"default","tags":{"kuma.io/service":"web"}}`, stdError{400, request, invalid, []string{`tags["kuma.io/service"]: must be a list, not "web"`}}},
+		{a.admin, "/tokens/dataplane", `{"mesh"`, stdError{400, "Bad Request", "the request's body is not the JSON that was expected: unexpected end of JSON input", nil}},
 		{a.admin, "/tokens/dataplane", `{"mesh":"default","validFor":"abc"}`, stdError{400, request, invalid, []string{`validFor: is invalid: time: invalid duration "abc"`}}},
 		{a.admin, "/tokens/dataplane", `{"mesh":"nope"}`, stdError{404, "Signing Key not found", `there is no signing key with KID 1. Secret of name "dataplane-token-signing-key-nope-1" in mesh "nope" is not found. If signing key was rotated, regenerate the token`, nil}},
 		{a.admin, "/tokens/zone", `{"zone":"z1"}`, stdError{400, request, invalid, []string{"scope: cannot be empty"}}},
@@ -468,7 +473,7 @@ func TestIssuerOff(t *testing.T) {
 	}
 }
 
-// TestSecret holds the contract's JSON of a secret (security.md 7.2).
+// TestSecret holds the contract's JSON of a secret.
 func TestSecret(t *testing.T) {
 	a := newAPI(t)
 	a.want(a.put("/meshes/default/secrets/x", `{"type":"Secret","mesh":"default","name":"x","data":"aGVsbG8="}`), 201, "{}\n")

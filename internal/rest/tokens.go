@@ -1,7 +1,6 @@
 package rest
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"io"
@@ -9,12 +8,16 @@ import (
 
 	"kuma/internal/auth"
 	"kuma/internal/errs"
+	"kuma/internal/resource"
 )
+
+// titleRequest is the title of a problem with a request for a token.
+const titleRequest = "Invalid request"
 
 // maxTokenRequest bounds the body of a request for a token, in bytes.
 const maxTokenRequest = 64 << 10
 
-// tokens declares the routes that issue tokens (security.md 3.4).
+// tokens declares the routes that issue tokens (contract).
 func (s *Server) tokens() {
 	if s.cfg.Issuer == nil {
 		return
@@ -39,8 +42,9 @@ func mayIssueZone(a *auth.Access, c auth.Caller, r *http.Request) error {
 	return errs.New(errs.Denied, "%w for zone '%s'", err, asked.Zone)
 }
 
-// ask reads a request for a token.
-func ask(r *request, into any) error {
+// ask reads a request for a token. A claim that is misspelt would limit nothing,
+// so unknown fields are errors here as in resources.
+func (s *Server) ask(r *request, into any) error {
 	body, err := io.ReadAll(io.LimitReader(r.Body, maxTokenRequest+1))
 	if err != nil {
 		return readError(err)
@@ -48,11 +52,11 @@ func ask(r *request, into any) error {
 	if len(body) > maxTokenRequest {
 		return &http.MaxBytesError{Limit: maxTokenRequest}
 	}
-	d := json.NewDecoder(bytes.NewReader(body))
-	if err := d.Decode(into); err != nil {
+	err = resource.DecodeInto(into, body, s.cfg.Lenient)
+	if err != nil && len(errs.FieldsOf(err)) == 0 {
 		return errs.New(errs.Invalid, "the request's body is not the JSON that was expected: %w", err)
 	}
-	return nil
+	return during(titleRequest, err)
 }
 
 // issued answers with a token, or with why there is none.
@@ -65,7 +69,7 @@ func (s *Server) issued(w http.ResponseWriter, r *request, what, text string, er
 	case errs.Is(err, errs.NotFound):
 		return &titled{"Signing Key not found", err.Error(), err}
 	case errs.Is(err, errs.Invalid):
-		return during("Invalid request", err)
+		return during(titleRequest, err)
 	case err != nil:
 		return during(title, err)
 	}
@@ -77,7 +81,7 @@ func (s *Server) issued(w http.ResponseWriter, r *request, what, text string, er
 
 func (s *Server) dataplaneToken(w http.ResponseWriter, r *request) error {
 	var q auth.DataplaneRequest
-	if err := ask(r, &q); err != nil {
+	if err := s.ask(r, &q); err != nil {
 		return err
 	}
 	text, err := s.cfg.Issuer.Dataplane(r.Context(), q)
@@ -86,7 +90,7 @@ func (s *Server) dataplaneToken(w http.ResponseWriter, r *request) error {
 
 func (s *Server) userToken(w http.ResponseWriter, r *request) error {
 	var q auth.UserRequest
-	if err := ask(r, &q); err != nil {
+	if err := s.ask(r, &q); err != nil {
 		return err
 	}
 	text, err := s.cfg.Issuer.User(r.Context(), q)
@@ -95,7 +99,7 @@ func (s *Server) userToken(w http.ResponseWriter, r *request) error {
 
 func (s *Server) zoneToken(w http.ResponseWriter, r *request) error {
 	var q auth.ZoneRequest
-	if err := ask(r, &q); err != nil {
+	if err := s.ask(r, &q); err != nil {
 		return err
 	}
 	text, err := s.cfg.Issuer.Zone(r.Context(), q)
