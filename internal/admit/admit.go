@@ -418,8 +418,7 @@ func (g *Gate) dataplane(spec *mesh.DataplaneSpec, old *resource.Resource, measu
 	return spec
 }
 
-// labels returns a resource's labels with those that are computed (core.md
-// 1.4 of the contract's facts).
+// labels returns a resource's labels with those that are computed (contract).
 func (g *Gate) labels(r *resource.Resource) map[string]string {
 	out := maps.Clone(r.Labels)
 	if out == nil {

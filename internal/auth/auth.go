@@ -2,9 +2,8 @@
 // their token or by being on this machine, proxies by their dataplane token.
 //
 // A Caller can only be had from a credential that was verified here, so a
-// function that takes one can't be handed a header. The rules are those of
-// security.md 3 and 4 of the contract's facts, closed by default as
-// hardening.md says.
+// function that takes one can't be handed a header. The rules are the
+// contract's, closed by default where it is open.
 package auth
 
 import (

@@ -124,8 +124,8 @@ func (a *Authenticator) trustedPeer(local, remote string) bool {
 var forwarded = []string{"Forwarded", "Via", "X-Real-Ip", "X-Client-Ip", "X-Cluster-Client-Ip", "True-Client-Ip", "Cf-Connecting-Ip", "X-Envoy-External-Address", "X-Original-Host"}
 
 // localAdmin tells whether a request without a credential comes from the
-// administrator at this machine: security.md 4.3, and beyond it the owner of
-// the peer's socket.
+// administrator at this machine: by the contract's rules, and beyond them by
+// the owner of the peer's socket.
 func (a *Authenticator) localAdmin(r *http.Request) bool {
 	if !a.localhostIsAdmin {
 		return false

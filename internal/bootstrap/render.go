@@ -43,7 +43,7 @@ type params struct {
 	cfg      *Config
 }
 
-// render makes Envoy's first configuration, as YAML (core.md 6.3, envoy.md 2.1).
+// render makes Envoy's first configuration, as YAML (contract).
 func render(p params) ([]byte, error) {
 	sockets := names.Sockets{Dir: p.req.Workdir, Proxy: p.req.Name, Mesh: p.req.Mesh}
 	ads := func() *corev3.ConfigSource {
@@ -308,7 +308,7 @@ func (k *packer) controlPlane(p params) *clusterv3.Cluster {
 	}
 }
 
-// statsTags are the labels that dashboards expect (core.md 6.3, envoy.md 2.1).
+// statsTags are the labels that dashboards expect (contract).
 func statsTags() []*metricsv3.TagSpecifier {
 	var out []*metricsv3.TagSpecifier
 	for _, t := range [][2]string{

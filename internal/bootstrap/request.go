@@ -4,7 +4,7 @@ import (
 	"encoding/json"
 )
 
-// Request is what kuma-dp sends to POST /bootstrap (core.md 6.2).
+// Request is what kuma-dp sends to POST /bootstrap (contract).
 type Request struct {
 	Mesh               string            `json:"mesh"`
 	Name               string            `json:"name"`

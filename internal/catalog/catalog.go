@@ -10,7 +10,7 @@ import (
 	"kuma/internal/resource"
 )
 
-// Policies returns the policies in the order in which they apply (core.md 1.3).
+// Policies returns the policies in the order in which they apply (contract).
 func Policies() []policy.Policy {
 	return []policy.Policy{
 		meshtimeout.Policy,

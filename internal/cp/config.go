@@ -7,7 +7,7 @@ import (
 )
 
 // Config is the control plane's configuration: the sum of what its parts need.
-// Keys and environment variables are the contract's (core.md 4); those marked
+// Keys and environment variables are the contract's; those marked
 // "ours" are additions.
 type Config struct {
 	// General is about the whole process.

@@ -1,8 +1,7 @@
 // Package ctl is kumactl: commands that are generic over the kinds which a
 // control plane, or the index embedded here, lists.
 //
-// The command line is contract (core.md 3 and security.md 2 of the contract's
-// facts): names of commands and flags, what is printed on success, the text of
+// The command line is contract: names of commands and flags, what is printed on success, the text of
 // errors. Results go to standard output; warnings and errors go to standard
 // error; the exit code is 0 or 1.
 package ctl

@@ -29,7 +29,7 @@ type Build struct {
 }
 
 // bootstrapRequest asks the control plane for Envoy's first configuration
-// (core.md 6.2, security.md 3.8).
+// (contract).
 type bootstrapRequest struct {
 	Mesh               string `json:"mesh"`
 	Name               string `json:"name"`

@@ -153,7 +153,7 @@ const (
 	noBackoff = "kuma-dp restarts none of its parts"
 )
 
-// settings is the one table of kuma-dp's configuration (core.md 6.1 and 13).
+// settings is the one table of kuma-dp's configuration (contract).
 func (c *Config) settings() []setting {
 	set := pflag.NewFlagSet("", pflag.ContinueOnError)
 	str := func(p *string) pflag.Value { set.StringVar(p, "v", *p, ""); return take(set) }

@@ -108,7 +108,7 @@ func (c *Config) named(pod string) (dataplane, []string, error) {
 	return dataplane{mesh: c.Mesh, name: name}, nil, nil
 }
 
-// The contract's rules for names (core.md 1.4).
+// The contract's rules for names.
 var (
 	resourceName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
 	meshName     = regexp.MustCompile(`^[0-9a-z\-_.]+$`)

@@ -210,7 +210,7 @@ func (p *proxy) listen(life context.Context) {
 }
 
 // drainListeners lets Envoy drain its inbounds without ending; a later request
-// to stop then has nothing to wait for (core.md 6.5).
+// to stop then has nothing to wait for (contract).
 func (p *proxy) drainListeners(ctx context.Context) {
 	p.mu.Lock()
 	a, before := p.admin, p.drained

@@ -23,7 +23,7 @@ import (
 )
 
 // logPipe is the named pipe into which Envoy writes lines for kuma-dp: access
-// logs to forward over TCP (core.md 6.7), and the refusals that guarded
+// logs to forward over TCP (contract), and the refusals that guarded
 // inbounds made.
 type logPipe struct {
 	file *os.File

@@ -81,7 +81,7 @@ func (l *limited) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// envoyArgs is Envoy's command line (core.md 6.4).
+// envoyArgs is Envoy's command line (contract).
 func envoyArgs(cfg *Config, v envoyVersion, bootstrap string) []string {
 	args := []string{
 		"--config-path", bootstrap,

@@ -94,7 +94,7 @@ type verdict struct {
 	page  page
 }
 
-// judge decides whether the proxy can serve (envoy.md 2.2 and 9.6).
+// judge decides whether the proxy can serve (contract).
 func (s *state) judge(ctx context.Context) verdict {
 	s.mu.Lock()
 	a, ending, linked, complete := s.admin, s.terminating, s.linked, s.complete

@@ -2,7 +2,7 @@ package mesh
 
 import "kuma/internal/resource"
 
-// Labels that the system computes or reads (core.md 1.4).
+// Labels that the system computes or reads (contract).
 const (
 	LabelMesh        = "kuma.io/mesh"
 	LabelZone        = resource.LabelZone

@@ -2,8 +2,7 @@
 // listener, cluster and secret names, statistics prefixes, SNI values.
 //
 // All of it is pure functions, and all of it is contract: dashboards, alerts
-// and other programs match on these strings (core.md 1.2 and 7.2 of the
-// contract's facts).
+// and other programs match on these strings (docs/contract.md).
 package names
 
 import (
@@ -157,7 +156,7 @@ func distance(a, b string) int {
 
 // Sockets names the files in kuma-dp's working directory by which it and its
 // Envoy meet. Unix sockets must have short paths: a path is cut to 98
-// characters before its ending (core.md 6.3).
+// characters before its ending (contract).
 type Sockets struct {
 	// Dir is the working directory, Proxy and Mesh are the Dataplane's.
 	Dir, Proxy, Mesh string

@@ -25,7 +25,7 @@ import (
 	"kuma/internal/names"
 )
 
-// Timeouts where no MeshTimeout says otherwise (core.md 7.3, 7.4, 8.5).
+// Timeouts where no MeshTimeout says otherwise (contract).
 const (
 	inboundConnect     = 10 * time.Second
 	inboundIdle        = 2 * time.Hour

@@ -234,7 +234,7 @@ func (m *Mesh) Protocol(service string) string {
 
 // Remembered returns the protocol that a service had when it last had
 // endpoints, or "": so that callers of a service whose last endpoint has gone
-// are still answered in their protocol (envoy.md 9.7).
+// are still answered in their protocol (contract).
 func (m *Mesh) Remembered(service string) string { return m.remembered[service] }
 
 // maxRemembered bounds how many services without endpoints are remembered.

@@ -17,7 +17,7 @@ import (
 	"kuma/internal/token"
 )
 
-// initial is a policy that a new mesh is born with (core.md 8.4).
+// initial is a policy that a new mesh is born with (contract).
 type initial struct {
 	kind, name string
 	// routing ones are made only where the contract's setting asks for them.

@@ -21,7 +21,7 @@ const generator = "meshservice-generator"
 // line with its Dataplanes, and when to look again if nothing changes (zero:
 // never). One MeshService is made for each kuma.io/service value that is a DNS
 // label; where Dataplanes disagree about a port, the oldest wins; one whose
-// last Dataplane has gone is kept for the grace period (core.md 5.8).
+// last Dataplane has gone is kept for the grace period (contract).
 func services(m *state.Mesh, zone string, grace time.Duration, now time.Time, log *slog.Logger) (writes []store.Write, again time.Time) {
 	wanted := map[string]*mesh.MeshServiceSpec{}
 	if m.Spec.ServicesMode() != mesh.ServicesDisabled {

@@ -52,6 +52,9 @@ type kind struct {
 	sent map[string]uint64
 	// asked are names to be answered although nothing changed.
 	asked map[string]struct{}
+	// keep: what the client holds is never said to be removed, since that would
+	// hurt it more than having it.
+	keep bool
 	// greet: the type's first request is to be answered even by nothing.
 	greet bool
 	// flights are responses that have not been acknowledged, oldest first.
@@ -95,7 +98,7 @@ func (d *delta) request(r *discoveryv3.DeltaDiscoveryRequest, now time.Time, the
 		if len(d.types) == maxTypes {
 			return outcome{}, errs.New(errs.Invalid, "a stream may ask for at most %d types of resources", maxTypes)
 		}
-		k = &kind{names: map[string]struct{}{}, sent: map[string]uint64{}}
+		k = &kind{names: map[string]struct{}{}, sent: map[string]uint64{}, keep: url == envoy.ExtensionType}
 		d.types[url] = k
 	}
 	out := k.answer(url, r, now)
@@ -276,15 +279,16 @@ func (k *kind) compare(have map[string]*envoy.Packed, pending map[string]struct{
 		}
 	}
 	// What does not exist is said to be removed, so that nobody waits for it.
-	// What the client holds and loses its meaning is left alone: it unsubscribes
-	// when the cluster or listener goes that refers to it, and for an extension
-	// configuration an earlier removal would fail requests.
+	// What the client holds and did not ask for anew is left alone: it
+	// unsubscribes when the cluster or listener goes that refers to it.
 	for name := range k.asked {
-		if have[name] != nil {
-			continue
-		}
 		_, held := k.sent[name]
-		if _, later := pending[name]; !held && !later {
+		_, later := pending[name]
+		switch {
+		case have[name] != nil || later:
+		case held && k.keep:
+			delete(k.asked, name)
+		default:
 			x.removed = append(x.removed, name)
 		}
 	}

@@ -174,7 +174,7 @@ func TestNextRequest(t *testing.T) {
 		late := make(chan error, 1)
 		arrived := site.requests.Load()
 		go func() {
-			a, err := r.fetch(client(false), to.port, "/slow?for=2s")
+			a, err := r.fetch(client(false), to.port, "/slow?for=1s")
 			if err == nil && a.status != http.StatusOK {
 				err = fmt.Errorf("%d %s", a.status, a.body)
 			}
