@@ -12,6 +12,7 @@ import (
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	tcpproxyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
 	httpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
+	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
@@ -274,6 +275,9 @@ func (w *work) outbound(o *mesh.Outbound, t *target) *envoy.Outbound {
 			StatPrefix:       names.StatPrefix(t.cluster),
 			ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: t.cluster},
 			IdleTimeout:      durationpb.New(outboundIdle),
+			// The next attempt may go to another endpoint; none is made once a
+			// connection stands.
+			MaxConnectAttempts: wrapperspb.UInt32(5),
 		}
 		return out
 	}
@@ -283,14 +287,28 @@ func (w *work) outbound(o *mesh.Outbound, t *target) *envoy.Outbound {
 			ClusterSpecifier: &routev3.RouteAction_Cluster{Cluster: t.cluster},
 			Timeout:          durationpb.New(outboundRequest),
 			IdleTimeout:      durationpb.New(outboundStreamIdle),
-			// Only what never reached the workload is tried again, within the time
-			// of the whole request: a refusal or an answer is never multiplied.
-			RetryPolicy: &routev3.RetryPolicy{RetryOn: "connect-failure,refused-stream", NumRetries: wrapperspb.UInt32(2)},
+			RetryPolicy: neverArrived(),
 		}},
 	})
 	out.HTTP.NormalizePath = wrapperspb.Bool(true)
 	out.HTTP.StreamIdleTimeout = durationpb.New(outboundStreamIdle)
 	return out
+}
+
+// neverArrived tries again, on another endpoint where there is one, only what
+// never reached the workload, within the time of the whole request: a refusal
+// or an answer is never multiplied.
+func neverArrived() *routev3.RetryPolicy {
+	return &routev3.RetryPolicy{
+		RetryOn: "connect-failure,refused-stream", NumRetries: wrapperspb.UInt32(2),
+		RetryHostPredicate: []*routev3.RetryPolicy_RetryHostPredicate{{
+			Name: "envoy.retry_host_predicates.previous_hosts",
+			ConfigType: &routev3.RetryPolicy_RetryHostPredicate_TypedConfig{TypedConfig: &anypb.Any{
+				TypeUrl: "type.googleapis.com/envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate",
+			}},
+		}},
+		HostSelectionRetryMaxAttempts: 5,
+	}
 }
 
 // cluster leads to a service's proxies.

@@ -36,7 +36,24 @@ var update = flag.Bool("update", false, "rewrite what the cases in testdata want
 //
 //	bad.yaml   the policy
 //	want.txt   the fields at fault, "<path>: <message>", a line each
+//
+// Where it runs one policy alone, the examples in example.yaml must be accepted.
 func Run(t *testing.T, policies ...policy.Policy) {
+	if len(policies) == 1 {
+		t.Run("example.yaml", func(t *testing.T) {
+			raw, err := os.ReadFile("example.yaml")
+			if err != nil {
+				t.Fatal(err)
+			}
+			rs, err := Read(string(raw), policies[0].Kind())
+			if err != nil {
+				t.Error(err)
+			}
+			if len(rs) == 0 {
+				t.Error("there is no example")
+			}
+		})
+	}
 	files, err := filepath.Glob("testdata/*.txtar")
 	if err != nil || len(files) == 0 {
 		t.Fatalf("there are no cases in testdata: %v", err)
