@@ -124,7 +124,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	}
 
 	// Who may do what.
-	keys := secrets{c.store}
+	keys := admit.Secrets{Store: c.store}
 	hint := ""
 	if cfg.Store.Type == "memory" {
 		hint = "kuma-cp runs with an in-memory database and its state is not kept over restarts: if it was restarted, generate a new token"

@@ -5,9 +5,7 @@ package mesh
 import (
 	"encoding/json"
 	"fmt"
-	"regexp"
 	"slices"
-	"strconv"
 	"time"
 
 	"kuma/internal/errs"
@@ -229,31 +227,11 @@ func (b *Backend) Lifetime() time.Duration {
 	if b.DPCert == nil || b.DPCert.Rotation == nil || b.DPCert.Rotation.Expiration == "" {
 		return 24 * time.Hour
 	}
-	d, err := ParseExpiration(b.DPCert.Rotation.Expiration)
+	d, err := resource.ParseLife(b.DPCert.Rotation.Expiration)
 	if err != nil {
 		return 24 * time.Hour
 	}
 	return d
-}
-
-var expirationForm = regexp.MustCompile(`^([0-9]{1,9})(y|w|d|h|ms|m|s)$`)
-
-// ParseExpiration reads one whole number and one unit of y (365 days), w, d,
-// h, m, s, ms. Compound values are refused, as the contract does.
-func ParseExpiration(s string) (time.Duration, error) {
-	m := expirationForm.FindStringSubmatch(s)
-	if m == nil {
-		return 0, fmt.Errorf("%q is not one whole number and one unit of y, w, d, h, m, s, ms, such as \"24h\"", s)
-	}
-	n, err := strconv.ParseInt(m[1], 10, 64)
-	if err != nil {
-		return 0, err
-	}
-	unit := map[string]time.Duration{"y": 365 * 24 * time.Hour, "w": 7 * 24 * time.Hour, "d": 24 * time.Hour, "h": time.Hour, "m": time.Minute, "s": time.Second, "ms": time.Millisecond}[m[2]]
-	if n == 0 || n > int64(1<<63-1)/int64(unit) {
-		return 0, fmt.Errorf("%q is out of range", s)
-	}
-	return time.Duration(n) * unit, nil
 }
 
 func checkMesh(m *MeshSpec) (bad []errs.Field) {
@@ -274,7 +252,7 @@ func checkMesh(m *MeshSpec) (bad []errs.Field) {
 			}
 			seen[b.Name] = true
 			if b.DPCert != nil && b.DPCert.Rotation != nil && b.DPCert.Rotation.Expiration != "" {
-				if _, err := ParseExpiration(b.DPCert.Rotation.Expiration); err != nil {
+				if _, err := resource.ParseLife(b.DPCert.Rotation.Expiration); err != nil {
 					bad = append(bad, errs.Field{Path: "mtls.dpcert.rotation.expiration", Message: "has to be a valid format"})
 				}
 			}

@@ -64,6 +64,44 @@ func readDuration(b []byte, into *time.Duration) error {
 	return nil
 }
 
+const year = 365 * 24 * time.Hour
+
+// ParseLife reads a life as Mesh.mtls writes it: one integer and one unit of
+// y (365 days), w, d, h, m, s or ms, such as "24h" or "10y". Compound values
+// such as "1h30m" are refused. The empty text is zero, which means the
+// default.
+func ParseLife(text string) (time.Duration, error) {
+	if text == "" {
+		return 0, nil
+	}
+	digits := len(text) - len(strings.TrimLeft(text, "0123456789"))
+	var unit time.Duration
+	switch text[digits:] {
+	case "y":
+		unit = year
+	case "w":
+		unit = 7 * 24 * time.Hour
+	case "d":
+		unit = 24 * time.Hour
+	case "h":
+		unit = time.Hour
+	case "m":
+		unit = time.Minute
+	case "s":
+		unit = time.Second
+	case "ms":
+		unit = time.Millisecond
+	}
+	n, err := strconv.ParseInt(text[:digits], 10, 64)
+	if err != nil || unit == 0 || n > int64(100*year/unit) {
+		return 0, fmt.Errorf("%.40q is not a life: write one integer and one unit of y, w, d, h, m, s, ms, at most 100y, such as 24h", text)
+	}
+	if n == 0 {
+		return 0, fmt.Errorf("a life of %s is none: it must be positive", text)
+	}
+	return time.Duration(n) * unit, nil
+}
+
 // Uint64 is a number that flat shaped kinds write as a string, as protobuf's
 // JSON form has it; a plain number is read too.
 type Uint64 uint64

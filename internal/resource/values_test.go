@@ -107,3 +107,22 @@ func TestKeyAndKind(t *testing.T) {
 		t.Error("scopes and shapes have other names")
 	}
 }
+
+func TestParseLife(t *testing.T) {
+	cases := map[string]time.Duration{
+		"": 0, "24h": 24 * time.Hour, "10y": 10 * 365 * 24 * time.Hour, "2w": 14 * 24 * time.Hour, "1d": 24 * time.Hour, "5m": 5 * time.Minute, "30s": 30 * time.Second, "1500ms": 1500 * time.Millisecond, "007d": 7 * 24 * time.Hour,
+		"1h30m": -1, "1.5h": -1, "h": -1, "24": -1, "-1h": -1, "24 h": -1, "24H": -1, "1us": -1, "0s": -1, "101y": -1, "99999999999999999999h": -1, "9223372036854775807ms": -1,
+	}
+	for in, want := range cases {
+		got, err := resource.ParseLife(in)
+		if want < 0 {
+			if err == nil {
+				t.Errorf("%q = %v, %v, want it refused", in, got, err)
+			}
+			continue
+		}
+		if err != nil || got != want {
+			t.Errorf("%q = %v, %v, want %v", in, got, err, want)
+		}
+	}
+}

@@ -12,6 +12,7 @@ import (
 	"kuma/internal/auth"
 	"kuma/internal/errs"
 	"kuma/internal/mesh"
+	"kuma/internal/pki/builtin"
 	"kuma/internal/resource"
 	"kuma/internal/store"
 	"kuma/internal/token"
@@ -68,7 +69,7 @@ func (k *Keeper) Complete(ctx context.Context, m, old *resource.Resource) ([]sto
 	var bad []errs.Field
 	for i := range spec.MTLS.Backends {
 		b := &spec.MTLS.Backends[i]
-		if b.Type != "builtin" {
+		if b.Type != builtin.Type {
 			bad = append(bad, errs.Field{Path: fmt.Sprintf("mtls.backends[%d].type", i), Message: "could not find installed plugin for this type"})
 			continue
 		}

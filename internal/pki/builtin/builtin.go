@@ -9,6 +9,7 @@ import (
 
 	"kuma/internal/errs"
 	"kuma/internal/pki"
+	"kuma/internal/resource"
 )
 
 // Type is the name of this kind of authority in Mesh.mtls.
@@ -16,13 +17,6 @@ const Type = "builtin"
 
 // DefaultLife is the life of a root whose backend names none.
 const DefaultLife = 10 * pki.Year
-
-// CertSecret is the name of the mesh's secret with the root certificate of a
-// backend.
-func CertSecret(mesh, backend string) string { return mesh + ".ca-builtin-cert-" + backend }
-
-// KeySecret is the name of the mesh's secret with the root key of a backend.
-func KeySecret(mesh, backend string) string { return mesh + ".ca-builtin-key-" + backend }
 
 // Conf is the `conf` of a backend of type builtin.
 type Conf struct {
@@ -58,7 +52,7 @@ func ParseConf(text []byte) (Conf, error) {
 	if b := c.CACert.RSABits; b != 0 && (b < 2048 || b > 8192) {
 		fields = append(fields, errs.Field{Path: "caCert.RSAbits", Message: "must be 2048 to 8192"})
 	}
-	if _, err := pki.ParseLife(c.CACert.Expiration); err != nil {
+	if _, err := resource.ParseLife(c.CACert.Expiration); err != nil {
 		fields = append(fields, errs.Field{Path: "caCert.expiration", Message: err.Error()})
 	}
 	return c, errs.Fields(fields...)
@@ -66,16 +60,16 @@ func ParseConf(text []byte) (Conf, error) {
 
 // Root is a new root, as PEM.
 type Root struct {
-	// Cert is the certificate, to be stored as the secret CertSecret.
+	// Cert is the certificate, as PEM.
 	Cert []byte
-	// Key is its private key, to be stored as the secret KeySecret.
+	// Key is its private key, as PEM.
 	Key []byte
 }
 
 // NewRoot makes a root for a mesh: self-signed, CN the mesh, with the URI
 // spiffe://<mesh>, starting ten seconds ago.
 func NewRoot(mesh string, c Conf) (Root, error) {
-	life, err := pki.ParseLife(c.CACert.Expiration)
+	life, err := resource.ParseLife(c.CACert.Expiration)
 	if err != nil {
 		return Root{}, errs.New(errs.Invalid, "make a root for mesh %q: %w", mesh, err)
 	}

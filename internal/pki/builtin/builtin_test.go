@@ -65,9 +65,6 @@ func TestRoot(t *testing.T) {
 			issue(t, root.Cert, root.Key)
 		})
 	}
-	if got := builtin.CertSecret("m", "ca-1") + " " + builtin.KeySecret("m", "ca-1"); got != "m.ca-builtin-cert-ca-1 m.ca-builtin-key-ca-1" {
-		t.Error(got)
-	}
 	for _, bad := range []string{`{"caCert": {"rsaBit": 1}}`, `{"caCert": {"RSAbits": 1024}}`, `{"caCert": {"RSAbits": 1000000}}`, `{"caCert": {"expiration": "1h30m"}}`, `[]`, `{`} {
 		if _, err := builtin.ParseConf([]byte(bad)); !errs.Is(err, errs.Invalid) {
 			t.Errorf("%s: %v", bad, err)
