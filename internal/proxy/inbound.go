@@ -43,25 +43,25 @@ const featureReusePort = "feature-reuse-port"
 func (w *work) inbounds() {
 	clusters := map[string]*envoy.Cluster{}
 	for i := range w.net.Inbound {
-		w.out.Inbounds = append(w.out.Inbounds, w.inbound(&w.net.Inbound[i], clusters))
+		in := &w.net.Inbound[i]
+		address, port := in.ListenAddress(w.net), in.Port
+		workload, workloadPort := in.Workload(w.net)
+		own, theirs := w.addresses(address), w.addresses(workload)
+		if len(own) == 0 || len(theirs) == 0 {
+			w.out.Report(w.dp.Key(), "inbound %s is left out: the address %q can't be resolved; write an IP address", in.Section(), address)
+			continue
+		}
+		w.out.Inbounds = append(w.out.Inbounds, w.inbound(in, own[0], port, localCluster(clusters, theirs[0], workloadPort, in.EffectiveProtocol()), workloadPort))
+		if theirs[0] == own[0] && workloadPort == port {
+			w.out.Report(w.dp.Key(), "inbound %s leads back to itself: set servicePort or serviceAddress to where the workload listens", in.Section())
+		}
 	}
 }
 
-func (w *work) inbound(in *mesh.Inbound, clusters map[string]*envoy.Cluster) *envoy.Inbound {
-	address, port := in.ListenAddress(w.net), in.Port
-	workload, workloadPort := in.Workload(w.net)
-	if ips := w.addresses(address); len(ips) > 0 {
-		address = ips[0]
-	}
-	if ips := w.addresses(workload); len(ips) > 0 {
-		workload = ips[0]
-	}
-	if workload == address && workloadPort == port {
-		w.out.Report(w.dp.Key(), "inbound %s leads back to itself: set servicePort or serviceAddress to where the workload listens", in.Section())
-	}
+func (w *work) inbound(in *mesh.Inbound, address string, port uint32, local *envoy.Cluster, workloadPort uint32) *envoy.Inbound {
 	name := names.Inbound(address, port)
 	out := &envoy.Inbound{
-		Service: in.Service(), Section: in.Section(), Port: port, Tags: in.Tags, Protocol: in.EffectiveProtocol(),
+		Service: in.Service(), Section: in.Section(), Port: port, Tags: in.Tags, Protocol: in.EffectiveProtocol(), Cluster: local,
 		Listener: &listenerv3.Listener{
 			Name: name, Address: envoy.Address(address, port), TrafficDirection: corev3.TrafficDirection_INBOUND,
 			Metadata: tagsMetadata(in.Tags, "self_inbound_dp_"+in.Section()),
@@ -70,7 +70,6 @@ func (w *work) inbound(in *mesh.Inbound, clusters map[string]*envoy.Cluster) *en
 	if w.proxy.Features[featureReusePort] {
 		out.EnableReusePort = wrapperspb.Bool(true)
 	}
-	out.Cluster = localCluster(clusters, workload, workloadPort, out.Protocol)
 	statPrefix := "localhost_" + strconv.FormatUint(uint64(workloadPort), 10)
 	if envoy.IsHTTP(out.Protocol) {
 		host := out.Service

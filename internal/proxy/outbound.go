@@ -11,6 +11,7 @@ import (
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	tcpproxyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
+	previoushostsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/retry/host/previous_hosts/v3"
 	httpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -170,8 +171,19 @@ func (w *work) target(o *mesh.Outbound) (*target, error) {
 		_, _ = h.Write([]byte(mesh.FormatTags(subset)))
 		t.cluster = fmt.Sprintf("%s-%016x", service, h.Sum64())
 	}
-	t.sni = names.TagSNI(service, w.mesh.Name, subset)
+	t.sni = bounded(names.TagSNI(service, w.mesh.Name, subset))
 	return t, nil
+}
+
+// bounded keeps a server name within the 255 bytes that Envoy takes. Proxies
+// don't route by it.
+func bounded(sni string) string {
+	if len(sni) <= 255 {
+		return sni
+	}
+	h := fnv.New64a()
+	_, _ = h.Write([]byte(sni))
+	return fmt.Sprintf("%s%016x", sni[:239], h.Sum64())
 }
 
 // protocol is what a service's endpoints speak, or spoke when there were any.
@@ -240,7 +252,7 @@ func (w *work) realTarget(o *mesh.Outbound) (*target, error) {
 		},
 		cluster: names.Destination(w.mesh.Name, s.DisplayName(), s.Labels[mesh.LabelNamespace], zone, mesh.MeshServices.Short, port.Port),
 		routes:  kri.String(), unified: kri.String(),
-		sni:     names.HashSNI(s.DisplayName(), w.mesh.Name, port.Port, "ms", nil),
+		sni:     bounded(names.HashSNI(s.DisplayName(), w.mesh.Name, port.Port, "ms", nil)),
 		service: s, port: port,
 	}
 	for _, id := range s.Spec.Identities {
@@ -287,7 +299,7 @@ func (w *work) outbound(o *mesh.Outbound, t *target) *envoy.Outbound {
 			ClusterSpecifier: &routev3.RouteAction_Cluster{Cluster: t.cluster},
 			Timeout:          durationpb.New(outboundRequest),
 			IdleTimeout:      durationpb.New(outboundStreamIdle),
-			RetryPolicy: neverArrived(),
+			RetryPolicy:      neverArrived(),
 		}},
 	})
 	out.HTTP.NormalizePath = wrapperspb.Bool(true)
@@ -304,7 +316,7 @@ func neverArrived() *routev3.RetryPolicy {
 		RetryHostPredicate: []*routev3.RetryPolicy_RetryHostPredicate{{
 			Name: "envoy.retry_host_predicates.previous_hosts",
 			ConfigType: &routev3.RetryPolicy_RetryHostPredicate_TypedConfig{TypedConfig: &anypb.Any{
-				TypeUrl: "type.googleapis.com/envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate",
+				TypeUrl: "type.googleapis.com/" + string(new(previoushostsv3.PreviousHostsPredicate).ProtoReflect().Descriptor().FullName()),
 			}},
 		}},
 		HostSelectionRetryMaxAttempts: 5,

@@ -19,8 +19,8 @@ func (w *work) permissions() {
 	if w.backend == nil {
 		return
 	}
-	for i, in := range w.out.Inbounds {
-		p := w.permission(w.net.Inbound[i].Tags)
+	for _, in := range w.out.Inbounds {
+		p := w.permission(in.Tags)
 		if p == nil {
 			continue
 		}
@@ -105,8 +105,8 @@ func (w *work) explainPermissions() policy.Applied {
 		return out
 	}
 	seen := map[resource.Key]bool{}
-	for i, in := range w.out.Inbounds {
-		p := w.permission(w.net.Inbound[i].Tags)
+	for _, in := range w.out.Inbounds {
+		p := w.permission(in.Tags)
 		if p == nil {
 			continue
 		}

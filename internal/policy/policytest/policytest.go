@@ -215,6 +215,9 @@ func Generate(t testing.TB, policies []policy.Policy, rs []*resource.Resource, d
 		if out, err = c.Encode(); err != nil {
 			t.Fatal(err)
 		}
+		if err := envoytest.Validate(out); err != nil {
+			t.Errorf("Envoy would refuse it: %v", err)
+		}
 		s, err := envoytest.Print(out)
 		if err != nil {
 			t.Fatal(err)
