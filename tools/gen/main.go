@@ -32,6 +32,7 @@ func steps() []step {
 		{"proto", "the Go code of proto/**/*.proto", generateProto},
 		{"kinds", "internal/ctl/kinds.json, kumactl's index of kinds", generateKinds},
 		{"reference", "docs/reference/*.md, a page for each kind", generateReference},
+		{"settings", "docs/reference/kuma-cp-settings.md, the settings of kuma-cp", generateSettings},
 		{"openapi", "docs/reference/openapi.yaml, the HTTP interface", generateOpenAPI},
 	}
 }

@@ -21,7 +21,7 @@ import (
 func generateReference(_ context.Context, root string) error {
 	source := newSource(root)
 	dir := filepath.Join(root, "docs", "reference")
-	made := map[string]bool{"README.md": true}
+	made := map[string]bool{"README.md": true, "kuma-cp-settings.md": true}
 	var index bytes.Buffer
 	index.WriteString("<!-- Made by tools/gen from the declarations of the kinds. Do not edit. -->\n\n# Kinds\n\n" +
 		"Every kind of resource that this version knows. The HTTP interface is described in [openapi.yaml](openapi.yaml).\n\n" +
