@@ -89,11 +89,15 @@ func (st *Stream) register(ctx context.Context) error {
 	}
 	if wanted != nil {
 		change := admit.Change{Resource: wanted, Measured: node.Dataplane == ""}
-		tried, err := r.cfg.Gate.Try(ctx, auth.ControlPlane(), change)
-		if err != nil {
-			return err
+		unchanged := false
+		if old != nil {
+			tried, err := r.cfg.Gate.Try(ctx, auth.ControlPlane(), change)
+			if err != nil {
+				return err
+			}
+			unchanged = same(old, tried[0].Resource)
 		}
-		if old == nil || !same(old, tried[0].Resource) {
+		if !unchanged {
 			put, err := r.cfg.Gate.Put(ctx, auth.ControlPlane(), change)
 			if err != nil {
 				return err

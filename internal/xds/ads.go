@@ -2,7 +2,9 @@ package xds
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
+	"runtime/debug"
 	"slices"
 	"time"
 
@@ -237,7 +239,25 @@ func (a *adsStream) make() error {
 	case <-a.grpc.Context().Done():
 		return a.grpc.Context().Err()
 	}
-	config, err := a.srv.cfg.Generator.Generate(a.picture, a.session.Node)
+	// A goroutine of its own has the deep stack that this takes; the loop's stays
+	// small while it waits, which is most of its life.
+	var config envoy.Resources
+	var err error
+	made := make(chan struct{})
+	var fault string
+	go func() {
+		defer close(made)
+		defer func() {
+			if p := recover(); p != nil {
+				fault = fmt.Sprintf("%v, at %s", p, debug.Stack())
+			}
+		}()
+		config, err = a.srv.cfg.Generator.Generate(a.picture, a.session.Node)
+	}()
+	<-made
+	if fault != "" {
+		panic(fault) // the stream's guard reports it
+	}
 	a.made, a.need = true, false
 	if err != nil {
 		a.srv.stats.Failed.Add(1)

@@ -588,3 +588,85 @@ func TestOddRequests(t *testing.T) {
 		}
 	})
 }
+
+// HRD-25: who opens a stream and says nothing, or does not read, holds nothing
+// for long.
+func TestSlowClients(t *testing.T) {
+	t.Parallel()
+	d := cptest.OpenDoors(t, cptest.DoorsConfig{FirstMessage: 50 * time.Millisecond, Generate: func(pic *state.Picture, n *session.Node) (envoy.Resources, error) {
+		r, err := cptest.Plain(pic, n)
+		if err != nil {
+			return nil, err
+		}
+		r[envoy.ClusterType] = map[string]*envoy.Packed{}
+		for i := range 40 { // more than all windows on the way hold
+			name := fmt.Sprint("c-", i)
+			if r[envoy.ClusterType][name], err = envoy.Pack(name, &corev3.Node{Id: strings.Repeat("x", 200_000)}); err != nil {
+				return nil, err
+			}
+		}
+		return r, nil
+	}})
+	d.Mesh("default", false)
+	ads := discoveryv3.NewAggregatedDiscoveryServiceClient(d.Conn())
+	silent, err := ads.DeltaAggregatedResources(within(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := silent.Recv(); status.Code(err) != codes.DeadlineExceeded {
+		t.Errorf("a silent stream ended with %v", err)
+	}
+
+	d.Put(dataplane(t, cptest.Dataplane("default", "web", "web")))
+	open := func() discoveryv3.AggregatedDiscoveryService_DeltaAggregatedResourcesClient {
+		s, err := discoveryv3.NewAggregatedDiscoveryServiceClient(d.Conn()).DeltaAggregatedResources(within(t))
+		if err == nil {
+			err = s.Send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: envoy.ClusterType, Node: &corev3.Node{Id: "default.web"}})
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	deaf := open() // never reads, so that the control plane can't send on
+	await(t, d, "the deaf one is let in", func(*state.Picture) bool {
+		if d.XDS.Stats().Streams.Load() == 0 {
+			d.Put(dataplane(t, cptest.Dataplane("default", "tick", "tick")))
+		}
+		return d.XDS.Stats().Streams.Load() > 0
+	})
+	next := open()
+	got, err := next.Recv()
+	if err != nil || len(got.GetResources()) == 0 {
+		t.Errorf("the newer stream got %v", err)
+	}
+	for err = nil; err == nil; {
+		_, err = deaf.Recv()
+	}
+	if !strings.Contains(err.Error(), "a newer stream of the same proxy has taken over") {
+		t.Errorf("the deaf one ended with %v", err)
+	}
+}
+
+// A certificate that can't be issued is tried again, and holds up nothing else.
+func TestAuthorityComesLater(t *testing.T) {
+	t.Parallel()
+	d := cptest.OpenDoors(t, cptest.DoorsConfig{})
+	d.Mesh("default", true)
+	key := mesh.Secrets.Key("default", mesh.BuiltinKeySecret("default", "ca"))
+	kept, err := d.Store.Get(t.Context(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Remove(key)
+	a := connect(t, d, cptest.ADSConfig{Name: "web", Metadata: cptest.Metadata("i1", cptest.Dataplane("default", "web", "web", "backend"))})
+	v, err := a.Wait(within(t), func(v cptest.View) bool { return slices.Contains(v.Events, "ECDS +rbac:8080") })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if v.Complete || len(v.Names(envoy.SecretType)) > 0 || slices.ContainsFunc(v.Events, func(e string) bool { return strings.HasPrefix(e, "SDS") }) {
+		t.Errorf("without an authority: %v", v.Events)
+	}
+	d.Put(kept)
+	complete(t, a)
+}

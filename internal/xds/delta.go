@@ -1,7 +1,7 @@
 package xds
 
 import (
-	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"maps"
 	"slices"
@@ -78,8 +78,7 @@ func newDelta() *delta { return &delta{types: map[string]*kind{}} }
 // version is a resource's version: the same for the same content on every
 // control plane and after every restart.
 func version(p *envoy.Packed) string {
-	sum := sha256.Sum256(p.Body.GetValue())
-	return hex.EncodeToString(sum[:8])
+	return hex.EncodeToString(binary.BigEndian.AppendUint64(nil, p.Hash))
 }
 
 // outcome is what a request told.

@@ -54,6 +54,8 @@ type DoorsConfig struct {
 	Delay, Grace, Patience time.Duration
 	// Every is the insights'.
 	Every time.Duration
+	// FirstMessage is how long streams may be silent at their start.
+	FirstMessage time.Duration
 }
 
 // Doors is what proxies connect to, with all that is behind it but the real
@@ -131,8 +133,9 @@ func OpenDoors(t *testing.T, c DoorsConfig) *Doors {
 	issuer := identity.New(identity.Config{Picture: d.Tracker.Now})
 	d.XDS = xds.New(xds.Config{
 		Tracker: d.Tracker, Sessions: d.Sessions, Generator: generator{c.Generate, d}, Issuer: issuer, Insights: d.Insights, RetryBase: 20 * time.Millisecond,
+		FirstMessage: c.FirstMessage,
 	})
-	d.Link = link.New(link.Config{Tracker: d.Tracker, Sessions: d.Sessions, Issuer: issuer, Insights: d.Insights, Instance: "cp-test", RetryBase: 20 * time.Millisecond})
+	d.Link = link.New(link.Config{Tracker: d.Tracker, Sessions: d.Sessions, Issuer: issuer, Insights: d.Insights, Instance: "cp-test", RetryBase: 20 * time.Millisecond, FirstMessage: c.FirstMessage})
 	server := grpc.NewServer(xds.ServerOptions()...)
 	d.XDS.Register(server)
 	d.Link.Register(server)
