@@ -53,7 +53,8 @@ type unit struct {
 	err    error
 }
 
-// unitKey is all that a unit depends on besides the picture of the mesh.
+// unitKey is all that a unit depends on besides the mesh's rules, that is, its
+// resources other than Dataplanes and their insights.
 type unitKey struct {
 	g        *Generator
 	link     bool
@@ -62,10 +63,28 @@ type unitKey struct {
 	port     uint32
 	to       string
 	policies string
+	peers    peerFacts
+}
+
+// peerFacts is what an outbound depends on of the proxies behind a service.
+type peerFacts struct {
+	protocol string
+	// ready says that all have certificates.
+	ready bool
+}
+
+// facts finds out about the proxies behind an outbound. A MeshService says these
+// things of itself.
+func (w *work) facts(o *mesh.Outbound) peerFacts {
+	if o.BackendRef != nil {
+		return peerFacts{}
+	}
+	service := o.Tags[mesh.TagService]
+	return peerFacts{w.protocol(service), w.mesh.TLSReady(service)}
 }
 
 // outbounds makes each outbound. Proxies with the same inputs share it: they see
-// the same picture, and nothing else than the key goes in.
+// the same rules, and nothing else than the key goes in.
 func (w *work) outbounds(policies []policy.Prepared, except []resource.Key, share bool) (failed policy.Prepared, err error) {
 	if len(w.net.Outbound) == 0 {
 		return nil, nil
@@ -81,11 +100,12 @@ func (w *work) outbounds(policies []policy.Prepared, except []resource.Key, shar
 	sets := map[string]bool{}
 	for i := range w.net.Outbound {
 		o := &w.net.Outbound[i]
-		compute := func() *unit { return w.unit(o, key.identity, policies, except) }
+		key.peers = w.facts(o)
+		compute := func() *unit { return w.unit(o, key.peers, key.identity, policies, except) }
 		var u *unit
 		if share {
 			key.address, key.port, key.to = o.ListenAddress(), o.Port, describe(o)
-			u = state.Shared(w.mesh, key, func() *unit {
+			u = state.SharedByRules(w.mesh, key, func() *unit {
 				u := compute()
 				if u.err == nil && u.out != nil {
 					u.err = u.out.Seal()
@@ -125,8 +145,8 @@ func describe(o *mesh.Outbound) string {
 }
 
 // unit makes one outbound and applies policies to it alone.
-func (w *work) unit(o *mesh.Outbound, identity bool, policies []policy.Prepared, except []resource.Key) *unit {
-	t, err := w.target(o)
+func (w *work) unit(o *mesh.Outbound, peers peerFacts, identity bool, policies []policy.Prepared, except []resource.Key) *unit {
+	t, err := w.target(o, peers)
 	if err != nil {
 		return &unit{issues: []string{fmt.Sprintf("outbound %d is left out: %s", o.Port, err)}}
 	}
@@ -153,16 +173,16 @@ func (w *work) secured(t *target) bool {
 }
 
 // target finds out where an outbound leads.
-func (w *work) target(o *mesh.Outbound) (*target, error) {
+func (w *work) target(o *mesh.Outbound, peers peerFacts) (*target, error) {
 	if o.BackendRef != nil {
 		return w.realTarget(o)
 	}
 	service := o.Tags[mesh.TagService]
 	t := &target{
-		Destination: envoy.Destination{Service: service, Tags: o.Tags, Protocol: w.protocol(service)},
+		Destination: envoy.Destination{Service: service, Tags: o.Tags, Protocol: peers.protocol},
 		cluster:     service, routes: "outbound:" + service,
 		peers: []string{names.SPIFFE(w.mesh.Name, service)},
-		ready: w.mesh.TLSReady(service),
+		ready: peers.ready,
 	}
 	subset := maps.Clone(o.Tags)
 	delete(subset, mesh.TagService)
@@ -334,9 +354,11 @@ func (w *work) cluster(t *target) *envoy.Cluster {
 				ResourceApiVersion:    corev3.ApiVersion_V3,
 			}},
 			ConnectTimeout: durationpb.New(outboundConnect),
+			// As many retries as requests: what is tried again never burdened a
+			// workload, so there is no storm to hold back.
 			CircuitBreakers: &clusterv3.CircuitBreakers{Thresholds: []*clusterv3.CircuitBreakers_Thresholds{{
 				MaxConnections: wrapperspb.UInt32(1024), MaxPendingRequests: wrapperspb.UInt32(1024),
-				MaxRequests: wrapperspb.UInt32(1024), MaxRetries: wrapperspb.UInt32(3), TrackRemaining: true,
+				MaxRequests: wrapperspb.UInt32(1024), MaxRetries: wrapperspb.UInt32(1024), TrackRemaining: true,
 			}}},
 		},
 		Protocol: &httpv3.HttpProtocolOptions{UpstreamProtocolOptions: explicitHTTP(true)},
