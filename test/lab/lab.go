@@ -317,6 +317,9 @@ type ProxyOptions struct {
 	Envoy string
 	// Token overrides the one that is made.
 	Token string
+	// As is what its files and its log are called, where a proxy of the same
+	// name has those of that name; empty means its name.
+	As string
 }
 
 // Proxy starts a kuma-dp. It does not wait until it is ready.
@@ -338,7 +341,10 @@ func (c *ControlPlane) Proxy(name string, o ProxyOptions) (*Proxy, error) {
 		}
 		o.Token = token
 	}
-	tokenFile, err := c.lab.File(name+".token", o.Token)
+	if o.As == "" {
+		o.As = name
+	}
+	tokenFile, err := c.lab.File(o.As+".token", o.Token)
 	if err != nil {
 		return nil, err
 	}
@@ -351,7 +357,7 @@ func (c *ControlPlane) Proxy(name string, o ProxyOptions) (*Proxy, error) {
 		"--binary-path", o.Envoy, "--concurrency", "1",
 	}
 	if o.Dataplane != "" {
-		file, err := c.lab.File(name+".yaml", o.Dataplane)
+		file, err := c.lab.File(o.As+".yaml", o.Dataplane)
 		if err != nil {
 			return nil, err
 		}
@@ -361,7 +367,7 @@ func (c *ControlPlane) Proxy(name string, o ProxyOptions) (*Proxy, error) {
 	}
 	p := &Proxy{Name: name, Readiness: ports[0], TokenFile: tokenFile}
 	env := append([]string{fmt.Sprint("KUMA_READINESS_PORT=", p.Readiness), "KUMA_DATAPLANE_DRAIN_TIME=1s"}, o.Env...)
-	p.Process, err = c.lab.Start("kuma-dp-"+name, env, filepath.Join(c.lab.Bin, "kuma-dp"), append(args, o.Args...)...)
+	p.Process, err = c.lab.Start("kuma-dp-"+o.As, env, filepath.Join(c.lab.Bin, "kuma-dp"), append(args, o.Args...)...)
 	return p, err
 }
 
