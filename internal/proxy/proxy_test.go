@@ -1,6 +1,7 @@
 package proxy_test
 
 import (
+	"encoding/base64"
 	"errors"
 	"slices"
 	"strings"
@@ -514,5 +515,122 @@ spec:
 	}
 	if diff := cmp.Diff(want, lines); diff != "" {
 		t.Errorf("explained (-want +got):\n%s", diff)
+	}
+}
+
+// What is missing closes, it never opens (HRD-18): without trust anchors,
+// permissions, MeshService identities or endpoints' certificates nothing is sent
+// or taken in plaintext in a STRICT mesh.
+func TestMissingPartsStayClosed(t *testing.T) {
+	w := policytest.NewWorld(t)
+	rs := read(t, twoServices+"\n---\n"+allowWeb)
+	pic := w.Put(rs...)
+	for _, gone := range []resource.Key{
+		{},
+		{Kind: "MeshTrafficPermission", Mesh: "default", Name: "web"},
+		mesh.Secrets.Key("default", "default.ca-builtin-cert-ca-1"),
+	} {
+		if gone.Name != "" {
+			pic = w.Remove(gone)
+		}
+		for _, d := range []string{"web-1", "backend-1"} {
+			c, res := generate(t, generator(), pic, d)
+			for _, in := range c.Inbounds {
+				if in.Guard != envoy.Strict {
+					t.Errorf("without %s, %s is open", gone, in.Name)
+				}
+				if d, err := envoytest.Call(res, "tcp://"+strings.TrimPrefix(in.Name, "inbound:"), envoytest.Caller{}); err != nil || !d.Refused {
+					t.Errorf("without %s, %s takes plaintext: %s, %v", gone, in.Name, d, err)
+				}
+			}
+			for _, o := range c.Outbounds {
+				if o.Cluster.TLS == nil {
+					t.Errorf("without %s, %s is plaintext", gone, o.Name)
+				}
+			}
+			if gone.Kind == mesh.Secrets.Name {
+				if len(res[envoy.SecretType]) != 0 {
+					t.Errorf("there are secrets without trust anchors: %v", res[envoy.SecretType])
+				}
+			}
+		}
+	}
+}
+
+// Many certificates in a trust bundle are all anchors, each on its own line.
+func TestTrustBundle(t *testing.T) {
+	docs := strings.Replace(twoServices, "LS0tLS1CRUdJTg==", base64.StdEncoding.EncodeToString([]byte("one\ntwo")), 1)
+	_, res := generate(t, generator(), policytest.Picture(t, docs, kinds()...), "web-1")
+	var s tlsv3.Secret
+	if err := res[envoy.SecretType]["mesh_ca:secret:default"].Body.UnmarshalTo(&s); err != nil {
+		t.Fatal(err)
+	}
+	if got := string(s.GetValidationContext().GetTrustedCa().GetInlineBytes()); got != "one\ntwo\n" {
+		t.Errorf("the bundle is %q", got)
+	}
+}
+
+// An inbound whose address is a name needs a resolver.
+func TestInboundByName(t *testing.T) {
+	pic := policytest.Picture(t, strings.Replace(twoServices, "address: 127.0.0.12", "address: backend.example", 1), kinds()...)
+	c, _ := generate(t, generator(), pic, "backend-1")
+	if len(c.Inbounds) != 0 || len(c.Issues) != 3 || !strings.Contains(c.Issues[0].Message, `"backend.example" can't be resolved`) {
+		t.Errorf("%d inbounds, issues %v", len(c.Inbounds), c.Issues)
+	}
+	g := proxy.New(proxy.Config{Policies: policies(), Resolve: func(string) []string { return []string{"10.0.0.7"} }})
+	c, _ = generate(t, g, pic, "backend-1")
+	if len(c.Inbounds) != 3 || c.Inbounds[0].Name != "inbound:10.0.0.7:8080" {
+		t.Errorf("inbounds %v", c.Inbounds)
+	}
+}
+
+// A deep equality of what is shared: proxies with one set of inputs hold the
+// same packed resources, others don't.
+func TestSharing(t *testing.T) {
+	docs := twoServices + `
+---
+type: Dataplane
+name: web-2
+labels: {kuma.io/zone: default}
+networking:
+  address: 127.0.0.13
+  inbound: [{port: 8080, servicePort: 18080, tags: {kuma.io/service: web, kuma.io/protocol: http}}]
+  outbound: [{port: 10001, tags: {kuma.io/service: backend}}]
+---
+type: Dataplane
+name: special
+networking:
+  address: 127.0.0.14
+  inbound: [{port: 8080, servicePort: 18080, tags: {kuma.io/service: special, kuma.io/protocol: http}}]
+  outbound: [{port: 10001, tags: {kuma.io/service: backend}}]
+---
+type: MeshTimeout
+name: special
+spec:
+  targetRef: {kind: MeshService, name: special}
+  to: [{targetRef: {kind: Mesh}, default: {connectionTimeout: 1s}}]
+`
+	pic := policytest.Picture(t, docs, kinds()...)
+	g := generator()
+	_, one := generate(t, g, pic, "web-1")
+	_, two := generate(t, g, pic, "web-2")
+	_, other := generate(t, g, pic, "special")
+	for _, typ := range []string{envoy.ClusterType, envoy.ListenerType, envoy.EndpointType} {
+		name := map[string]string{envoy.ListenerType: "outbound:127.0.0.1:10001"}[typ]
+		if name == "" {
+			name = "backend"
+		}
+		if one[typ][name] != two[typ][name] {
+			t.Errorf("%s is not shared", name)
+		}
+		if same := one[typ][name] == other[typ][name]; same != (typ == envoy.EndpointType) {
+			t.Errorf("%s is shared with another policy: %v", name, same)
+		}
+	}
+	if d, err := envoytest.Route(other, "GET http://127.0.0.1:10001/"); err != nil || d.Connect != time.Second {
+		t.Errorf("special: %s, %v", d, err)
+	}
+	if d, err := envoytest.Route(one, "GET http://127.0.0.1:10001/"); err != nil || d.Connect != 5*time.Second {
+		t.Errorf("web: %s, %v", d, err)
 	}
 }
