@@ -1,7 +1,8 @@
 package envoy
 
 import (
-	"hash/maphash"
+	"crypto/sha256"
+	"encoding/binary"
 
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
@@ -28,14 +29,13 @@ func Types() []string {
 type Packed struct {
 	Name string
 	Body *anypb.Any
-	// Hash tells two bodies apart within this process.
+	// Hash tells two bodies apart. It is the same for the same body on every
+	// control plane and after every restart.
 	Hash uint64
 }
 
 // Resources is a proxy's whole configuration, packed: by type URL, then name.
 type Resources map[string]map[string]*Packed
-
-var hashSeed = maphash.MakeSeed()
 
 // Pack packs a message once, deterministically.
 func Pack(name string, m proto.Message) (*Packed, error) {
@@ -43,5 +43,6 @@ func Pack(name string, m proto.Message) (*Packed, error) {
 	if err := anypb.MarshalFrom(body, m, proto.MarshalOptions{Deterministic: true}); err != nil {
 		return nil, err
 	}
-	return &Packed{Name: name, Body: body, Hash: maphash.Bytes(hashSeed, body.Value)}, nil
+	sum := sha256.Sum256(body.Value)
+	return &Packed{Name: name, Body: body, Hash: binary.BigEndian.Uint64(sum[:])}, nil
 }

@@ -8,11 +8,15 @@ type memo struct {
 	kept map[any]func() any
 }
 
+// maxKept bounds a memo that lives for long while those who ask it come and go:
+// then all is computed anew.
+const maxKept = 20_000
+
 func (m *memo) get(key any, compute func() any) any {
 	m.mu.Lock()
 	f := m.kept[key]
 	if f == nil {
-		if m.kept == nil {
+		if m.kept == nil || len(m.kept) >= maxKept {
 			m.kept = map[any]func() any{}
 		}
 		f = sync.OnceValue(compute)
@@ -33,4 +37,11 @@ func Shared[T any](m *Mesh, key any, compute func() T) T {
 // the key alone: it is kept for longer.
 func SharedByDataplanes[T any](m *Mesh, key any, compute func() T) T {
 	return m.services.memo.get(key, func() any { return compute() }).(T)
+}
+
+// SharedByRules is Shared for what depends on the key and on the mesh's
+// resources other than Dataplanes and their insights: it is kept while proxies
+// come and go.
+func SharedByRules[T any](m *Mesh, key any, compute func() T) T {
+	return m.rules.get(key, func() any { return compute() }).(T)
 }

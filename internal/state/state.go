@@ -18,20 +18,16 @@ import (
 type Picture struct {
 	// Revision is the store's.
 	Revision uint64
-	// seq numbers pictures; history holds how the last ones came about.
+	// seq numbers pictures. How the last ones came about is in changes; steps says
+	// for each, up to this one, where its changes begin.
 	seq     uint64
-	history []step
+	changes []Change
+	steps   []int
 	// insights is the seq at which any DataplaneInsight last changed.
 	insights uint64
 
 	global map[string]map[string]*resource.Resource
 	meshes map[string]*Mesh
-}
-
-// step is what changed from picture seq-1 to picture seq.
-type step struct {
-	seq     uint64
-	changes []Change
 }
 
 // Change is one resource's change between two pictures. Old is nil where it is
@@ -62,18 +58,11 @@ func (p *Picture) Since(old *Picture) ([]Change, bool) {
 	if old.seq == p.seq {
 		return nil, true
 	}
-	first := slices.IndexFunc(p.history, func(s step) bool { return s.seq == old.seq+1 })
-	if first < 0 {
+	behind := p.seq - old.seq
+	if behind > uint64(len(p.steps)) {
 		return nil, false
 	}
-	if first == len(p.history)-1 {
-		return p.history[first].changes, true
-	}
-	var out []Change
-	for _, s := range p.history[first:] {
-		out = append(out, s.changes...)
-	}
-	return out, true
+	return slices.Clip(p.changes[p.steps[uint64(len(p.steps))-behind]:]), true
 }
 
 // InsightsSince reports whether any DataplaneInsight changed after old. Since
@@ -127,6 +116,8 @@ type Mesh struct {
 	remembered map[string]string
 	// tls is shared by all in which Dataplanes and insights are.
 	tls *tlsIndex
+	// rules is shared by all in which nothing but Dataplanes and insights changed.
+	rules *memo
 	// memo is this picture's alone, for a mesh in which anything changed.
 	memo *memo
 }
@@ -323,7 +314,7 @@ func (p *Picture) with(revision uint64, changes []Change) *Picture {
 			c.Old = put(n.global[c.Key.Kind], c)
 			if c.Key.Kind == mesh.Meshes.Name {
 				m := n.own(c.Key.Name, copiedMesh)
-				m.Resource, m.Spec, m.tls = c.New, nil, new(tlsIndex)
+				m.Resource, m.Spec, m.tls, m.rules = c.New, nil, new(tlsIndex), new(memo)
 				if c.New != nil {
 					m.Spec = mesh.Meshes.From(c.New).Spec
 				}
@@ -353,23 +344,34 @@ func (p *Picture) with(revision uint64, changes []Change) *Picture {
 				continue
 			}
 			m.tls = new(tlsIndex)
+		default:
+			m.rules = new(memo)
 		}
 		told = append(told, *c)
 	}
-	n.history = append(slices.Clip(p.history), step{n.seq, told})
+	n.steps = append(slices.Clip(p.steps), len(p.changes))
+	n.changes = append(slices.Clip(p.changes), told...)
 	n.trim()
 	return n
 }
 
-// trim keeps the history within its bounds.
+// trim keeps the history within its bounds, by whole steps.
 func (p *Picture) trim() {
-	total := 0
-	for i := len(p.history) - 1; i >= 0; i-- {
-		total += len(p.history[i].changes)
-		if len(p.history)-i > maxHistory || total > maxChanges {
-			p.history = slices.Clone(p.history[i+1:])
-			return
-		}
+	drop := max(0, len(p.steps)-maxHistory)
+	for drop < len(p.steps) && len(p.changes)-p.steps[drop] > maxChanges {
+		drop++
+	}
+	if drop == 0 {
+		return
+	}
+	from := len(p.changes)
+	if drop < len(p.steps) {
+		from = p.steps[drop]
+	}
+	p.changes = slices.Clone(p.changes[from:])
+	p.steps = slices.Clone(p.steps[drop:])
+	for i := range p.steps {
+		p.steps[i] -= from
 	}
 }
 
@@ -389,9 +391,10 @@ func (p *Picture) own(name string, copied map[string]bool) *Mesh {
 		return p.meshes[name]
 	}
 	copied[name] = true
-	m := &Mesh{Name: name, kinds: map[string]*kindSet{}, services: new(serviceIndex), tls: new(tlsIndex), memo: new(memo)}
+	m := &Mesh{Name: name, kinds: map[string]*kindSet{}, services: new(serviceIndex), tls: new(tlsIndex), rules: new(memo), memo: new(memo)}
 	if old := p.meshes[name]; old != nil {
-		m.Spec, m.Resource, m.kinds, m.services, m.tls, m.remembered = old.Spec, old.Resource, maps.Clone(old.kinds), old.services, old.tls, old.remembered
+		m.Spec, m.Resource, m.kinds, m.services, m.tls = old.Spec, old.Resource, maps.Clone(old.kinds), old.services, old.tls
+		m.rules, m.remembered = old.rules, old.remembered
 	}
 	p.meshes[name] = m
 	return m
