@@ -2,6 +2,7 @@ package envoy
 
 import (
 	"fmt"
+	"time"
 
 	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -13,6 +14,7 @@ import (
 	netrbacv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/rbac/v3"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/structpb"
 
 	"kuma/internal/names"
@@ -151,8 +153,19 @@ func (e *encoder) inbound(in *Inbound) {
 	if in.Guard == Permissive || in.Access.wantsServerName() {
 		in.ListenerFilters = append(in.ListenerFilters, tlsInspector())
 	}
+	if in.Guard == Permissive && in.Stream != nil {
+		// In plaintext the workload may be the one who speaks first; then nothing
+		// comes that could be inspected.
+		in.ListenerFiltersTimeout = durationpb.New(inspectTimeout)
+		in.ContinueOnListenerFiltersTimeout = true
+	}
 	e.add(ListenerType, in.Name, in.Listener)
 }
+
+// inspectTimeout is how long a PERMISSIVE inbound without HTTP waits for the
+// first bytes that show whether a connection is TLS, before it takes it for
+// plaintext in which the workload speaks first.
+const inspectTimeout = 2 * time.Second
 
 // terminal is the filter that ends a chain. A guard is the inbound whose
 // permissions and log of refusals an HTTP chain gets.
@@ -203,6 +216,10 @@ func (e *encoder) permissions(in *Inbound) {
 
 // streamGuard is the chain of an inbound without HTTP. It changes only when who
 // may connect does, for a changed chain closes its connections.
+//
+// Envoy decides at the first byte that the caller sends. Where the workload speaks
+// first, a caller who is not allowed hears that much, and is cut off before
+// anything of its own arrives.
 func (e *encoder) streamGuard(in *Inbound) []*listenerv3.Filter {
 	var out []*listenerv3.Filter
 	for _, r := range []rbac{in.Access.denials(), in.Access.allowances()} {

@@ -196,3 +196,104 @@ spec:
 		}
 	}
 }
+
+// TestEnvoyServerFirst: in a PERMISSIVE mesh a workload that speaks first is
+// heard in plaintext and by mutual TLS; by mutual TLS who is not allowed can send
+// it nothing.
+func TestEnvoyServerFirst(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	heard := make(chan string, 10)
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				_, _ = io.WriteString(c, "hello")
+				b := make([]byte, 5)
+				if n, _ := io.ReadFull(c, b); n > 0 {
+					heard <- string(b[:n])
+				}
+			}()
+		}
+	}()
+	port := freePort(t, "127.0.0.16")
+	pic := policytest.Picture(t, fmt.Sprintf(`
+type: Mesh
+name: default
+mtls: {enabledBackend: ca-1, backends: [{name: ca-1, type: builtin, mode: PERMISSIVE}]}
+---
+type: Secret
+name: default.ca-builtin-cert-ca-1
+data: LS0tLS1CRUdJTg==
+---
+type: Dataplane
+name: db
+networking:
+  address: 127.0.0.16
+  inbound: [{port: %d, servicePort: %d, serviceAddress: 127.0.0.1, tags: {kuma.io/service: db}}]
+---
+type: MeshTrafficPermission
+name: web
+spec: {from: [{targetRef: {kind: MeshService, name: web}, default: {action: Allow}}]}
+`, port, l.Addr().(*net.TCPAddr).Port), kinds()...)
+	_, res := generate(t, generator(), pic, "db")
+	a := newAuthority(t)
+	run(t, a.static(res, "spiffe://default/db"))
+	address := fmt.Sprintf("127.0.0.16:%d", port)
+	secure := func(service string) func() (net.Conn, error) {
+		cert, key := a.issue("spiffe://default/"+service, "kuma://kuma.io/service/"+service)
+		pair, err := tls.X509KeyPair([]byte(cert), []byte(key))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return func() (net.Conn, error) {
+			return tls.Dial("tcp", address, &tls.Config{Certificates: []tls.Certificate{pair}, InsecureSkipVerify: true, NextProtos: []string{"kuma"}})
+		}
+	}
+	for name, c := range map[string]struct {
+		dial  func() (net.Conn, error)
+		heard bool
+	}{
+		"plaintext": {func() (net.Conn, error) { return net.Dial("tcp", address) }, true},
+		"web":       {secure("web"), true},
+		"intruder":  {secure("intruder"), false},
+	} {
+		conn, err := c.dial()
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
+		b := make([]byte, 5)
+		n, _ := io.ReadFull(conn, b)
+		t.Logf("%s hears %q", name, b[:n])
+		if c.heard && string(b[:n]) != "hello" {
+			t.Errorf("%s hears %q", name, b[:n])
+		}
+		_, _ = io.WriteString(conn, name[:3]+"!!")
+		if c.heard {
+			select {
+			case got := <-heard:
+				if got != name[:3]+"!!" {
+					t.Errorf("the workload hears %q from %s", got, name)
+				}
+			case <-time.After(10 * time.Second):
+				t.Errorf("the workload hears nothing from %s", name)
+			}
+		} else if n, _ := conn.Read(b); n != 0 {
+			t.Errorf("%s is still served", name)
+		}
+		conn.Close()
+	}
+	select {
+	case got := <-heard:
+		t.Errorf("the workload hears %q", got)
+	default:
+	}
+}
