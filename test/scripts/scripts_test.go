@@ -12,6 +12,10 @@
 //	curl [-H HEADER]… METHOD URL [BODY-FILE]
 //	                       the answer's body to stdout, status and headers to
 //	                       stderr; a leading ! demands a status of 400 or more
+//	bearer NAME FILE       put a file's content into the environment
+//	base64 FILE TO         write a file's content as base64 into another's KEY
+//	admin NAME             put the administrator's token into the environment
+//	revoke FILE            revoke the user token in a file
 //	proxy NAME FILE [TOKEN-FILE]
 //	                       open an ADS stream as kuma-dp's Envoy does for the
 //	                       Dataplane in FILE
@@ -29,6 +33,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -73,7 +78,7 @@ const patience = 20 * time.Second
 
 func TestStories(t *testing.T) {
 	testscript.Run(t, testscript.Params{
-		Dir: ".", RequireUniqueNames: true, UpdateScripts: os.Getenv("UPDATE") != "",
+		Dir: ".", RequireUniqueNames: true, ContinueOnError: true, UpdateScripts: os.Getenv("UPDATE") != "",
 		Setup: func(env *testscript.Env) error {
 			s := &story{env: env, proxies: map[string]*cptest.ADS{}}
 			env.Values[storyKey{}] = s
@@ -82,6 +87,7 @@ func TestStories(t *testing.T) {
 			return s.ports()
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"bearer": bearerCommand, "admin": adminCommand, "revoke": revokeCommand, "base64": base64Command,
 			"plane": planeCommand, "curl": curlCommand, "proxy": proxyCommand, "waitfor": waitforCommand, "until": untilCommand,
 		},
 	})
@@ -406,5 +412,37 @@ func waitforCommand(ts *testscript.TestScript, neg bool, args []string) {
 	})
 	if err != nil {
 		ts.Fatalf("%v; it has %q", err, v.Names(url))
+	}
+}
+
+func bearerCommand(ts *testscript.TestScript, _ bool, args []string) {
+	ts.Setenv(args[0], ts.ReadFile(args[1]))
+}
+
+func base64Command(ts *testscript.TestScript, _ bool, args []string) {
+	text := base64.StdEncoding.EncodeToString([]byte(ts.ReadFile(args[0])))
+	to := ts.MkAbs(args[1])
+	ts.Check(os.WriteFile(to, []byte(strings.ReplaceAll(ts.ReadFile(to), "KEY", text)), 0o600))
+}
+
+func adminCommand(ts *testscript.TestScript, _ bool, args []string) {
+	_, _, body, err := request(ts, []string{"GET", "/global-secrets/admin-user-token"})
+	ts.Check(err)
+	var secret struct{ Data []byte }
+	ts.Check(json.Unmarshal([]byte(body), &secret))
+	ts.Setenv(args[0], string(secret.Data))
+}
+
+func revokeCommand(ts *testscript.TestScript, _ bool, args []string) {
+	claims, err := base64.RawURLEncoding.DecodeString(strings.Split(ts.ReadFile(args[0]), ".")[1])
+	ts.Check(err)
+	var id struct{ JTI string }
+	ts.Check(json.Unmarshal(claims, &id))
+	doc, err := json.Marshal(map[string]any{"type": "GlobalSecret", "name": "user-token-revocations", "data": []byte("other-id, " + id.JTI + "\n")})
+	ts.Check(err)
+	ts.Check(os.WriteFile(ts.MkAbs("revocations.json"), doc, 0o600))
+	status, _, body, err := request(ts, []string{"PUT", "/global-secrets/user-token-revocations", "revocations.json"})
+	if err != nil || status >= 300 {
+		ts.Fatalf("revoke: %d %s %v", status, body, err)
 	}
 }
