@@ -158,6 +158,12 @@ func (r *Registry) enter(ctx context.Context, kind Kind, node *Node, token strin
 	if err != nil {
 		return nil, err
 	}
+	// Who may not be this Dataplane must not disturb who is.
+	if held, err := r.cfg.Store.Get(ctx, node.resource()); err == nil {
+		if err := authFailed(credential.Covers(mesh.Dataplanes.From(held))); err != nil {
+			return nil, err
+		}
+	}
 	var patience <-chan time.Time
 	for {
 		st, gone := r.take(kind, node, credential)

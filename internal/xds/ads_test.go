@@ -401,6 +401,26 @@ func TestRefusedStreams(t *testing.T) {
 	}
 }
 
+// HRD-04: a token that does not cover a proxy does not even end its streams.
+func TestWhoMayNotBeAProxyDoesNotDisturbIt(t *testing.T) {
+	t.Parallel()
+	d := cptest.OpenDoors(t, cptest.DoorsConfig{Tokens: true})
+	d.Mesh("default", false)
+	token := func(service string) string {
+		return d.Token(auth.DataplaneRequest{Mesh: "default", Tags: map[string][]string{"kuma.io/service": {service}}})
+	}
+	md := cptest.Metadata("same", cptest.Dataplane("default", "web", "web"))
+	a := connect(t, d, cptest.ADSConfig{Name: "web", Token: token("web"), Metadata: md})
+	complete(t, a)
+	if err := connect(t, d, cptest.ADSConfig{Name: "web", Token: token("backend"), Metadata: md}).WaitEnd(within(t)); !strings.Contains(err.Error(), "not allowed with this token") {
+		t.Errorf("got %v", err)
+	}
+	labelled(d, "rules", "x") // proves that the holder is served
+	if _, err := a.Wait(within(t), func(v cptest.View) bool { return v.Events[len(v.Events)-1] == "ECDS +rbac:8080" && len(v.Events) > 3 }); err != nil {
+		t.Error(err)
+	}
+}
+
 // HRD-23, HRD-22: what the token no longer covers ends at once.
 func TestRevocationEndsStreams(t *testing.T) {
 	t.Parallel()

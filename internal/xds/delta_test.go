@@ -14,7 +14,6 @@ import (
 	rpcstatus "google.golang.org/genproto/googleapis/rpc/status"
 
 	"kuma/internal/envoy"
-	"kuma/internal/mesh"
 )
 
 func packed(t testing.TB, name, content string) *envoy.Packed {
@@ -296,7 +295,11 @@ func FuzzDelta(f *testing.F) {
 		if names != d.names {
 			t.Errorf("%d names are counted, %d are subscribed", d.names, names)
 		}
-		var _ []mesh.Rejection = d.rejections()
+		for _, r := range d.rejections() {
+			if r.Message == "" {
+				t.Errorf("a refusal without a reason: %+v", r)
+			}
+		}
 	})
 }
 

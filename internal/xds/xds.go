@@ -138,8 +138,8 @@ func ServerOptions() []grpc.ServerOption {
 		grpc.ConnectionTimeout(10 * time.Second),
 		grpc.ReadBufferSize(4 << 10),
 		grpc.WriteBufferSize(16 << 10),
-		grpc.StaticStreamWindowSize(256 << 10),
-		grpc.StaticConnWindowSize(512 << 10),
+		grpc.StaticStreamWindowSize(64 << 10),
+		grpc.StaticConnWindowSize(128 << 10),
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: 5 * time.Minute}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 	}
