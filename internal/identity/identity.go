@@ -35,8 +35,9 @@ type Wanted struct {
 type Certificate struct {
 	// Chain is PEM, leaf first.
 	Chain []byte
-	// NotBefore and NotAfter bound its life; RenewAt is two thirds into it, or a
-	// little less, so that proxies that came together don't return together.
+	// NotBefore and NotAfter bound its life; RenewAt is two thirds into what is
+	// left of it when it is issued, or a little less, so that proxies that came
+	// together don't return together.
 	NotBefore, NotAfter, RenewAt time.Time
 	// Backend is the authority's name in the mesh.
 	Backend string
@@ -159,7 +160,9 @@ func (i *Issuer) issue(ctx context.Context, pic *state.Picture, dp mesh.Dataplan
 	}
 	return Certificate{
 		Chain: c.Chain, NotBefore: c.Leaf.NotBefore, NotAfter: c.Leaf.NotAfter,
-		RenewAt: pki.RenewAt(c.Leaf.NotBefore, c.Leaf.NotAfter, rand.Float64()),
+		// From now on: its life on paper began a little earlier, for clocks that
+		// are late.
+		RenewAt: pki.RenewAt(time.Now(), c.Leaf.NotAfter, rand.Float64()),
 		Backend: backend.Name, Revision: wanted.Revision,
 	}, nil
 }

@@ -195,3 +195,18 @@ func TestKeyedReturnsTheKeyOfTheCertificate(t *testing.T) {
 		t.Error("the key is not the certificate's")
 	}
 }
+
+func TestShortLivesAreRenewedAtTwoThirdsToo(t *testing.T) {
+	f := start(t)
+	f.put(mesh.Meshes.Make("", "default", &mesh.MeshSpec{MTLS: &mesh.MTLS{EnabledBackend: "ca", Backends: []mesh.Backend{{
+		Name: "ca", Type: "builtin", DPCert: &mesh.DPCert{Rotation: &mesh.Rotation{Expiration: "30s"}},
+	}}}}))
+	now := time.Now()
+	c, err := f.issuer.Sign(t.Context(), f.tracker.Now(), f.dataplane(), secret, request(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if in := c.RenewAt.Sub(now); in < 15*time.Second || in > 21*time.Second {
+		t.Errorf("a certificate of 30s is renewed after %s", in)
+	}
+}
