@@ -211,7 +211,7 @@ func (w *work) protocol(service string) string {
 	type key struct{ service string }
 	p := state.SharedByDataplanes(w.mesh, key{service}, func() string { return w.mesh.Protocol(service) })
 	if p == "" {
-		p = w.cfg.Remembered(w.mesh.Name, service)
+		p = w.mesh.Remembered(service)
 	}
 	if p == "" {
 		p = envoy.TCP

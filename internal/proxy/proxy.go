@@ -41,9 +41,6 @@ type Config struct {
 	Policies []policy.Policy
 	// Zone is this control plane's.
 	Zone string
-	// Remembered returns the protocol that a service's last endpoints had, or "".
-	// It may be nil. Services without endpoints and without a memory are tcp.
-	Remembered func(mesh, service string) string
 	// Resolve returns the addresses of a host name, without waiting long. It may
 	// be nil; then endpoints with host names for addresses are left out, for
 	// Envoy takes only IP addresses there.
@@ -62,9 +59,6 @@ type Generator struct {
 
 // New makes a generator.
 func New(cfg Config) *Generator {
-	if cfg.Remembered == nil {
-		cfg.Remembered = func(string, string) string { return "" }
-	}
 	if cfg.Resolve == nil {
 		cfg.Resolve = func(string) []string { return nil }
 	}

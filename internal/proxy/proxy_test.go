@@ -199,13 +199,7 @@ func TestRememberedProtocol(t *testing.T) {
 	w := policytest.NewWorld(t)
 	w.Put(read(t, twoServices)...)
 	pic := w.Remove(mesh.Dataplanes.Key("default", "backend-1"))
-	g := proxy.New(proxy.Config{Policies: policies(), Remembered: func(m, s string) string {
-		if m == "default" && s == "backend" {
-			return "http"
-		}
-		return ""
-	}})
-	_, res := generate(t, g, pic, "web-1")
+	_, res := generate(t, generator(), pic, "web-1")
 	for call, want := range map[string]string{
 		"GET http://127.0.0.1:10001/": "503: no endpoints in backend",
 		"tcp://127.0.0.1:10002":       "503: no endpoints in db",
