@@ -1,11 +1,13 @@
 package cp
 
 import (
+	"crypto/tls"
 	"fmt"
 	"os"
 	"path/filepath"
 	"time"
 
+	"kuma/internal/auth"
 	"kuma/internal/conf"
 	"kuma/internal/errs"
 )
@@ -114,7 +116,15 @@ func (c *Config) check() error {
 			add(d.path, "must be positive")
 		}
 	}
-	return errs.Fields(bad...)
+	if err := errs.Fields(bad...); err != nil {
+		return err
+	}
+	// What the parts themselves refuse is told before anything is made, too.
+	if _, err := auth.NewAccess(c.Access); err != nil {
+		return err
+	}
+	_, err := serverTLS(c.General, &tls.Config{})
+	return err
 }
 
 // workDir is where certificates and the store's file are.
