@@ -74,19 +74,15 @@ func Static(res envoy.Resources, certificate, key, trust string) ([]byte, error)
 	clas := part("ClusterLoadAssignment")
 	secrets := func(v any) any {
 		return walk(v, func(m map[string]any) {
-			if _, ok := m["sds_config"]; ok {
-				delete(m, "sds_config")
-			}
+			delete(m, "sds_config")
 		})
 	}
 	var listeners, clusters []any
 	for _, name := range slices.Sorted(maps.Keys(part("Listener"))) {
 		l := walk(part("Listener")[name], func(m map[string]any) {
-			d, ok := m["config_discovery"]
-			if !ok {
+			if _, ok := m["config_discovery"]; !ok {
 				return
 			}
-			_ = d
 			delete(m, "config_discovery")
 			if x, ok := extensions[m["name"].(string)].(map[string]any); ok {
 				m["typed_config"] = x["typed_config"]
