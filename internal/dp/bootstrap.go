@@ -12,6 +12,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"regexp"
 	"runtime"
 	"strings"
 	"sync/atomic"
@@ -268,6 +269,10 @@ func bootstrap(ctx context.Context, cfg *Config, t *trust, r *bootstrapRequest) 
 	}
 }
 
+// ownPort is this end of a connection in the text of an error: another one at
+// each attempt, though nothing has changed.
+var ownPort = regexp.MustCompile(`\S+:[0-9]+->`)
+
 // changes logs a state once and not each time it is met again.
 type changes struct {
 	log  *slog.Logger
@@ -275,7 +280,7 @@ type changes struct {
 }
 
 func (c *changes) warn(message string, err error, args ...any) {
-	if text := message + err.Error(); text != c.last {
+	if text := message + ownPort.ReplaceAllString(err.Error(), "->"); text != c.last {
 		c.last = text
 		c.log.Warn(message, append(args, "error", err)...)
 	}

@@ -2,6 +2,7 @@ package dp
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -305,5 +306,23 @@ func TestWait(t *testing.T) {
 		if code, _, e := command(t, "wait", "--url", u); code != 1 || !strings.Contains(e, fmt.Sprintf("%q", u)) {
 			t.Errorf("wait for %s: %d %q", u, code, e)
 		}
+	}
+}
+
+// A state is logged once, whatever port an attempt came from.
+func TestChanges(t *testing.T) {
+	var out strings.Builder
+	c := changes{log: slog.New(slog.NewTextHandler(&out, nil))}
+	for _, text := range []string{
+		"read tcp 127.0.0.1:40001->127.0.0.1:5678: read: connection reset by peer",
+		"read tcp 127.0.0.1:40002->127.0.0.1:5678: read: connection reset by peer",
+		"read tcp [::1]:40003->[::1]:5678: read: connection reset by peer",
+		"read tcp [::1]:40004->[::1]:5678: read: connection reset by peer",
+		"EOF",
+	} {
+		c.warn("it is away", errors.New(text))
+	}
+	if n := strings.Count(out.String(), "it is away"); n != 3 {
+		t.Errorf("%d lines for three states:\n%s", n, out.String())
 	}
 }
