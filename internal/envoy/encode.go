@@ -2,6 +2,7 @@ package envoy
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
@@ -150,8 +151,9 @@ func (e *encoder) inbound(in *Inbound) {
 	} else {
 		in.FilterChains = []*listenerv3.FilterChain{guarded}
 	}
+	own := in.ListenerFilters
 	if in.Guard == Permissive || in.Access.wantsServerName() {
-		in.ListenerFilters = append(in.ListenerFilters, tlsInspector())
+		in.ListenerFilters = append(slices.Clip(own), tlsInspector())
 	}
 	if in.Guard == Permissive && in.Stream != nil {
 		// In plaintext the workload may be the one who speaks first; then nothing
@@ -160,6 +162,7 @@ func (e *encoder) inbound(in *Inbound) {
 		in.ContinueOnListenerFiltersTimeout = true
 	}
 	e.add(ListenerType, in.Name, in.Listener)
+	in.ListenerFilters = own
 }
 
 // inspectTimeout is how long a PERMISSIVE inbound without HTTP waits for the

@@ -131,8 +131,8 @@ type Outbound struct {
 // sealed is an outbound that many proxies share, packed once for all of them.
 type sealed struct{ listener, cluster *Packed }
 
-// Seal packs the outbound, so that many Configs may hold it. Nobody may change
-// it afterwards.
+// Seal packs the outbound, so that many Configs may hold it. What was packed is
+// let go, all but names and addresses; nobody may change the rest afterwards.
 func (o *Outbound) Seal() error {
 	e := newEncoder()
 	if o.Cluster != nil {
@@ -143,8 +143,11 @@ func (o *Outbound) Seal() error {
 		return e.err
 	}
 	o.sealed = &sealed{listener: e.out[ListenerType][o.Name]}
+	o.Listener = &listenerv3.Listener{Name: o.Name}
+	o.HTTP, o.Stream = nil, nil
 	if o.Cluster != nil {
 		o.sealed.cluster = e.out[ClusterType][o.Cluster.Name]
+		o.Cluster = &Cluster{Cluster: &clusterv3.Cluster{Name: o.Cluster.Name}}
 	}
 	return nil
 }

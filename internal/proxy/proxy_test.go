@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	"github.com/google/go-cmp/cmp"
 
@@ -115,6 +116,23 @@ func text(t testing.TB, res envoy.Resources) string {
 	return s
 }
 
+// clientTLS returns a cluster's TLS, or nil for plaintext.
+func clientTLS(t testing.TB, res envoy.Resources, cluster string) *tlsv3.UpstreamTlsContext {
+	t.Helper()
+	var c clusterv3.Cluster
+	if err := res[envoy.ClusterType][cluster].Body.UnmarshalTo(&c); err != nil {
+		t.Fatal(err)
+	}
+	if c.TransportSocket == nil {
+		return nil
+	}
+	out := new(tlsv3.UpstreamTlsContext)
+	if err := c.TransportSocket.GetTypedConfig().UnmarshalTo(out); err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
 func read(t testing.TB, docs string) []*resource.Resource {
 	t.Helper()
 	rs, err := policytest.Read(docs, kinds()...)
@@ -169,7 +187,11 @@ func TestLink(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, common := range []*tlsv3.CommonTlsContext{c.Inbounds[0].TLS.CommonTlsContext, c.Outbounds[0].Cluster.TLS.CommonTlsContext} {
+		res, err := c.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, common := range []*tlsv3.CommonTlsContext{c.Inbounds[0].TLS.CommonTlsContext, clientTLS(t, res, "backend").GetCommonTlsContext()} {
 			own := common.TlsCertificateSdsSecretConfigs[0]
 			trust := common.GetCombinedValidationContext().ValidationContextSdsSecretConfig
 			if got := own.SdsConfig.GetApiConfigSource() != nil; got != link {
@@ -183,10 +205,6 @@ func TestLink(t *testing.T) {
 			if got := c.Inbounds[0].TLS.CommonTlsContext.TlsCertificateSdsSecretConfigs[0].SdsConfig.GetApiConfigSource().GrpcServices[0].GetEnvoyGrpc().ClusterName; got != "kuma:sds" {
 				t.Errorf("the link's cluster is %q", got)
 			}
-		}
-		res, err := c.Encode()
-		if err != nil {
-			t.Fatal(err)
 		}
 		if len(res[envoy.SecretType]) != 1 || strings.Contains(text(t, res), "private_key") {
 			t.Error("there is more than the trust anchors among the secrets")
@@ -538,7 +556,7 @@ func TestMissingPartsStayClosed(t *testing.T) {
 				}
 			}
 			for _, o := range c.Outbounds {
-				if o.Cluster.TLS == nil {
+				if clientTLS(t, res, o.Cluster.Name) == nil {
 					t.Errorf("without %s, %s is plaintext", gone, o.Name)
 				}
 			}

@@ -212,6 +212,10 @@ func Generate(t testing.TB, policies []policy.Policy, rs []*resource.Resource, d
 		for _, i := range c.Issues {
 			t.Errorf("issue with %s: %s", i.Resource, i.Message)
 		}
+		if _, err = c.Encode(); err != nil {
+			t.Fatal(err)
+		}
+		// Packing changes nothing that is packed again.
 		if out, err = c.Encode(); err != nil {
 			t.Fatal(err)
 		}
