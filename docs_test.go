@@ -1,6 +1,7 @@
 package kuma_test
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -11,8 +12,15 @@ import (
 
 	"sigs.k8s.io/yaml"
 
+	"kuma/internal/admit"
+	"kuma/internal/auth"
 	"kuma/internal/catalog"
+	"kuma/internal/mesh"
+	"kuma/internal/pki/builtin"
 	"kuma/internal/resource"
+	"kuma/internal/store"
+	"kuma/internal/store/memstore"
+	"kuma/internal/upkeep"
 )
 
 var (
@@ -162,7 +170,7 @@ func yamlBlocks(t *testing.T) (out []block) {
 func TestExamples(t *testing.T) {
 	for _, b := range yamlBlocks(t) {
 		for i, document := range documents(b.text) {
-			if err := acceptable(catalog.Kinds(), document); err != nil {
+			if err := acceptable(t.Context(), catalog.Kinds(), document); err != nil {
 				t.Errorf("%s, document %d: %v", b, i+1, err)
 			}
 		}
@@ -179,8 +187,9 @@ func documents(text string) (out []string) {
 	return out
 }
 
-// acceptable decodes and checks a resource as the server does.
-func acceptable(kinds []*resource.Kind, document string) error {
+// acceptable applies a resource as the server does: to a store that has its
+// mesh, through the gate with all its rules.
+func acceptable(ctx context.Context, kinds []*resource.Kind, document string) error {
 	raw, err := yaml.YAMLToJSONStrict([]byte(document))
 	if err != nil {
 		return err
@@ -197,12 +206,27 @@ func acceptable(kinds []*resource.Kind, document string) error {
 	if err != nil {
 		return err
 	}
-	if kinds[i].Check != nil {
-		if bad := kinds[i].Check(decoded.Spec); len(bad) > 0 {
-			return fmt.Errorf("%v", bad)
+	resources := memstore.New()
+	if kinds[i].Scope == resource.Mesh && header.Mesh != "" {
+		if _, err := resources.Put(ctx, store.Set(mesh.Meshes.Make("", header.Mesh, &mesh.MeshSpec{}))); err != nil {
+			return err
 		}
 	}
-	return nil
+	access, err := auth.NewAccess(auth.DefaultAccess())
+	if err != nil {
+		return err
+	}
+	keeper := upkeep.New(upkeep.Config{Store: resources, Kinds: kinds, Zone: "default", Authority: func(name string, _ *mesh.Backend) (cert, key []byte, err error) {
+		root, err := builtin.NewRoot(name, builtin.Conf{})
+		return root.Cert, root.Key, err
+	}})
+	gate := admit.New(admit.Config{Store: resources, Access: access, Zone: "default", Meshes: keeper})
+	caller := auth.Admin()
+	if kinds[i].ReadOnly {
+		caller = auth.ControlPlane()
+	}
+	_, err = gate.Put(ctx, caller, admit.Change{Resource: decoded})
+	return err
 }
 
 // TestDocumentChecksCanFail shows that broken documents are found.
@@ -228,8 +252,11 @@ func TestDocumentChecksCanFail(t *testing.T) {
 		"type: Zoo\nname: east\n":                                              `no kind "Zoo"`,
 		"type: Dataplane\nname: a\nmesh: default\nnetworking: {address: x/}\n": "address has to be valid",
 		"type: Zone\ntype: Zone\n":                                             "already set",
+		"type: Zone\nname: East\n":                                             "invalid characters",
+		"type: Secret\nname: a\ndata: aGk=\n":                                  "cannot be empty",
+		"type: Mesh\nname: a\nmtls: {backends: [{name: a, type: vault}]}\n":    "could not find installed plugin",
 	} {
-		err := acceptable(catalog.Kinds(), document)
+		err := acceptable(t.Context(), catalog.Kinds(), document)
 		if (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
 			t.Errorf("%q gives %v, want %q", document, err, want)
 		}
