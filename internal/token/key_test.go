@@ -215,10 +215,10 @@ func TestUnverified(t *testing.T) {
 		"empty file":    {" \n", "/t", "token under file /t is empty"},
 		"empty text":    {"", "", "token is empty"},
 		"line break":    {good[:20] + "\n" + good[20:], "f", "Token shouldn't contain line breaks within the token, only at the start or end"},
-		"not a token":   {"hello", "f", "not valid JWT token. Can't parse it."},
+		"not a token":   {"hello", "f", "not valid JWT token. Can't parse it.: token is malformed: token contains an invalid number of segments"},
 		"long":          {strings.Repeat("a", 9000), "f", "token has 9000 bytes, the limit is 8192"},
-		"not base64":    {"a.b.c", "f", "not valid JWT token. Can't parse it."},
-		"parts missing": {good[:strings.LastIndex(good, ".")], "f", "not valid JWT token. Can't parse it."},
+		"not base64":    {"a.b.c", "f", "not valid JWT token. Can't parse it.: token is malformed: could not base64 decode header: illegal base64 data at input byte 0"},
+		"parts missing": {good[:strings.LastIndex(good, ".")], "f", "not valid JWT token. Can't parse it.: token is malformed: token contains an invalid number of segments"},
 	}
 	for name, c := range cases {
 		t.Run(name, func(t *testing.T) {

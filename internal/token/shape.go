@@ -35,7 +35,7 @@ func shape(text, source string) error {
 		return fmt.Errorf("token has %d bytes, the limit is %d", len(text), MaxSize)
 	}
 	if _, _, err := jwt.NewParser().ParseUnverified(text, jwt.MapClaims{}); err != nil {
-		return errs.New(errs.Invalid, "not valid JWT token. Can't parse it.")
+		return errs.New(errs.Invalid, "not valid JWT token. Can't parse it.: %w", err)
 	}
 	return nil
 }
