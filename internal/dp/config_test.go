@@ -217,6 +217,16 @@ level=ERROR msg=envoy text="no newline"
 	if l.lastError() != "no newline" {
 		t.Errorf("last error %q", l.lastError())
 	}
+	// What the loader says counts until Envoy itself speaks.
+	l = &envoyLog{log: slog.New(slog.DiscardHandler)}
+	l.read(strings.NewReader("envoy: error while loading shared libraries: libm.so.6\n"))
+	if !strings.Contains(l.lastError(), "libm.so.6") {
+		t.Errorf("last error %q", l.lastError())
+	}
+	l.read(strings.NewReader("[2026-11-21 15:11:41.280][187][info][main] [a.cc:1] starting\n"))
+	if l.lastError() != "" {
+		t.Errorf("last error %q", l.lastError())
+	}
 }
 
 func TestAdminAddress(t *testing.T) {

@@ -207,6 +207,10 @@ type envoyLog struct {
 	// repeats at each of its attempts is shown once a minute.
 	seen map[string]time.Time
 
+	// spoken says that Envoy itself has logged something. What comes before is
+	// the loader's or a shell's, and may be why there is no Envoy.
+	spoken bool
+
 	mu   sync.Mutex
 	last string
 }
@@ -263,11 +267,15 @@ func (l *envoyLog) line(s string, before slog.Level) slog.Level {
 		if s = strings.TrimSpace(s); s == "" {
 			return before
 		}
-		if before >= slog.LevelError {
+		if before >= slog.LevelError || !l.spoken {
 			l.remember(s)
 		}
 		l.log.Log(context.Background(), before, "envoy", "text", s)
 		return before
+	}
+	if !l.spoken {
+		l.spoken = true
+		l.remember("")
 	}
 	shown := level
 	if level == slog.LevelInfo && inventory(message) {
