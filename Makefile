@@ -71,10 +71,11 @@ demo: build ## the main job, shown step by step; KEEP=1 leaves it running
 	go build -o build/ ./test/demo
 	@envoy="$(call envoy_path,$(ENVOY_VERSION))"; KEEP="$(KEEP)" exec build/demo -bin bin -envoy "$$envoy"
 
-bench: build ## the load harness into build/meshload; docs/performance.md tells how it is used
+bench: build ## the benchmarks into build/; docs/performance.md tells how they are used
 	@mkdir -p build
 	cd bench/meshload && go build -o ../../build/meshload .
-	@echo "build/meshload is ready; the runs and their results are in docs/performance.md"
+	go build -o build/ ./bench/dataplane
+	@echo "build/meshload and build/dataplane are ready; the runs and their results are in docs/performance.md"
 
 fuzz: ## every fuzz target for FUZZTIME (10s)
 	tools/fuzz.sh $(FUZZTIME)

@@ -45,7 +45,7 @@ var layers = []struct {
 
 // testOnly packages stand outside the layers: they may import everything, and
 // only tests import them.
-var testOnly = []string{"envoy/envoytest", "policy/policytest", "store/storetest", "cp/cptest", "test/*", "test/*/*"}
+var testOnly = []string{"envoy/envoytest", "policy/policytest", "store/storetest", "cp/cptest", "test/*", "test/*/*", "bench/*"}
 
 // narrow packages may import less than their layer allows.
 var narrow = []struct {
