@@ -164,6 +164,9 @@ type DPServer struct {
 	// general one.
 	TLSCertFile string `json:"tlsCertFile"`
 	TLSKeyFile  string `json:"tlsKeyFile"`
+	// MaxConnections bounds how many connections may be open at once (ours); a
+	// proxy has three.
+	MaxConnections int `json:"maxConnections"`
 	// ReadHeaderTimeout bounds how long a request's headers may take.
 	ReadHeaderTimeout time.Duration `json:"readHeaderTimeout"`
 	// GracefulShutdownTimeout bounds how long streams have to end.
@@ -266,7 +269,7 @@ func Default() Config {
 			ReadHeaderTimeout: time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute,
 		},
 		DPServer: DPServer{
-			Port: 5678, ReadHeaderTimeout: 5 * time.Second, GracefulShutdownTimeout: 10 * time.Second, Authn: auth.DefaultProxies(),
+			Port: 5678, MaxConnections: 30_000, ReadHeaderTimeout: 5 * time.Second, GracefulShutdownTimeout: 10 * time.Second, Authn: auth.DefaultProxies(),
 			HDS: HDS{Enabled: true, Interval: 5 * time.Second, CheckDefaults: CheckDefaults{
 				Timeout: 2 * time.Second, Interval: time.Second, NoTrafficInterval: time.Second, HealthyThreshold: 1, UnhealthyThreshold: 1,
 			}},

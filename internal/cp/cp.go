@@ -158,10 +158,10 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 		Store: c.store, Tracker: c.tracker, Instance: instance, Every: cfg.XDSServer.DataplaneStatusFlushInterval,
 		Grace: cfg.XDSServer.ReturnDelay, Log: log.With("logger", "insight"),
 	})
-	gen := generation{generator: generator}
+	gen := &generation{generator: generator, log: log.With("logger", "proxy")}
 	ads := xds.New(xds.Config{
 		Tracker: c.tracker, Sessions: c.sessions, Generator: gen, Issuer: issuer, Insights: c.insights,
-		Health:    health(cfg.DPServer.HDS),
+		Health:    healthChecks(cfg.DPServer.HDS),
 		RetryBase: cfg.General.CertGenerationBaseBackoff, RetryMax: cfg.General.CertGenerationMaxBackoff, Log: log.With("logger", "xds"),
 	})
 	links := link.New(link.Config{
@@ -185,7 +185,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	if err != nil {
 		return nil, err
 	}
-	c.proxies = newSplitter(l, dpTLS)
+	c.proxies = newSplitter(l, dpTLS, cfg.DPServer.MaxConnections, log.With("logger", "dp-server"))
 	boot := cfg.BootstrapServer.Params
 	mux := http.NewServeMux()
 	mux.Handle("/bootstrap", bootstrap.New(bootstrap.Config{
@@ -244,7 +244,7 @@ func deregistration(d time.Duration) time.Duration {
 	return d
 }
 
-func health(h HDS) xds.HealthConfig {
+func healthChecks(h HDS) xds.HealthConfig {
 	d := h.CheckDefaults
 	return xds.HealthConfig{
 		Interval: h.Interval, Timeout: d.Timeout, CheckInterval: d.Interval, NoTrafficInterval: d.NoTrafficInterval,

@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"log/slog"
+	"sync"
 
 	// Types that configurations hold packed and empty, so that they can be shown
 	// as JSON.
@@ -44,17 +46,38 @@ func describe(n *session.Node) proxy.Proxy {
 }
 
 // generation makes the configurations of streams.
-type generation struct{ generator *proxy.Generator }
+type generation struct {
+	generator *proxy.Generator
+	log       *slog.Logger
+	// said maps proxies to the issues that were logged last: each is logged once.
+	said sync.Map
+}
 
-func (g generation) Generate(pic *state.Picture, n *session.Node) (envoy.Resources, error) {
+func (g *generation) Generate(pic *state.Picture, n *session.Node) (envoy.Resources, error) {
 	c, err := g.generator.Generate(pic, describe(n))
 	if err != nil {
 		return nil, err
 	}
+	g.report(n.Key, c.Issues)
 	return c.Encode()
 }
 
-func (g generation) Affected(pic *state.Picture, n *session.Node, changes []state.Change) bool {
+// report logs what had to be left out of a proxy's configuration.
+func (g *generation) report(key session.Key, issues []envoy.Issue) {
+	if len(issues) == 0 {
+		g.said.Delete(key)
+		return
+	}
+	now := fmt.Sprint(issues)
+	if was, _ := g.said.Swap(key, now); was == now {
+		return
+	}
+	for _, i := range issues {
+		g.log.Warn("something is left out of a proxy's configuration", "mesh", key.Mesh, "name", key.Name, "because of", i.Resource.String(), "reason", i.Message)
+	}
+}
+
+func (g *generation) Affected(pic *state.Picture, n *session.Node, changes []state.Change) bool {
 	return g.generator.Affected(pic, proxy.Proxy{Key: mesh.Dataplanes.Key(n.Mesh, n.Name), Link: n.Link}, changes)
 }
 

@@ -2,13 +2,16 @@ package cp
 
 import (
 	"bufio"
+	"container/list"
 	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -61,12 +64,15 @@ func serverTLS(g General, c *tls.Config) (*tls.Config, error) {
 	return c, nil
 }
 
-// handshakeTimeout bounds how long a client of the proxies' port may take to
-// say what it is.
-const handshakeTimeout = 10 * time.Second
-
-// maxHandshakes bounds how many clients may be at it at once.
-const maxHandshakes = 4096
+const (
+	// handshakeTimeout bounds how long a client of the proxies' port may take to
+	// say what it is.
+	handshakeTimeout = 10 * time.Second
+	// maxHandshakes bounds how many clients may be at it at once. Beyond it the
+	// one that has taken longest is dropped: whoever is quick gets in however
+	// many others are slow.
+	maxHandshakes = 2048
+)
 
 // splitter serves gRPC and HTTP/1.1 over TLS on one port. Which of them a
 // client wants shows in the handshake: gRPC clients offer "h2" alone or nothing,
@@ -76,11 +82,19 @@ type splitter struct {
 	net.Listener
 	tls        *tls.Config
 	grpc, http *branch
-	slots      chan struct{}
+	// max is how many connections may be open at once.
+	max  int
+	open atomic.Int64
+	log  *slog.Logger
+	full sync.Once
+
+	mu sync.Mutex
+	// pending are the connections in their handshake, the oldest first.
+	pending list.List
 }
 
-func newSplitter(l net.Listener, c *tls.Config) *splitter {
-	s := &splitter{Listener: l, slots: make(chan struct{}, maxHandshakes)}
+func newSplitter(l net.Listener, c *tls.Config, maxConnections int, log *slog.Logger) *splitter {
+	s := &splitter{Listener: l, max: maxConnections, log: log}
 	s.grpc = &branch{addr: l.Addr(), conns: make(chan net.Conn), done: make(chan struct{})}
 	s.http = &branch{addr: l.Addr(), conns: make(chan net.Conn), done: make(chan struct{})}
 	forHTTP := c.Clone()
@@ -111,12 +125,49 @@ func (s *splitter) run() error {
 			time.Sleep(50 * time.Millisecond)
 			continue
 		}
-		s.slots <- struct{}{}
+		if s.open.Add(1) > int64(s.max) {
+			s.full.Do(func() {
+				s.log.Error("the proxies' port has as many connections as it may have; further ones are closed. KUMA_DP_SERVER_MAX_CONNECTIONS allows more", "limit", s.max)
+			})
+			s.open.Add(-1)
+			_ = c.Close()
+			continue
+		}
+		counted := &counted{Conn: c, open: &s.open}
+		done := s.begin(counted)
 		go func() {
-			defer func() { <-s.slots }()
-			s.sort(c)
+			defer done()
+			s.sort(counted)
 		}()
 	}
+}
+
+// begin notes a handshake, and drops the oldest where there are too many.
+func (s *splitter) begin(c net.Conn) (done func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.pending.Len() >= maxHandshakes {
+		_ = s.pending.Remove(s.pending.Front()).(net.Conn).Close()
+	}
+	e := s.pending.PushBack(c)
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.pending.Remove(e)
+	}
+}
+
+// counted is a connection that counts while it is open.
+type counted struct {
+	net.Conn
+	open *atomic.Int64
+	once sync.Once
+}
+
+// Close closes the connection.
+func (c *counted) Close() error {
+	c.once.Do(func() { c.open.Add(-1) })
+	return c.Conn.Close()
 }
 
 func (s *splitter) sort(raw net.Conn) {
