@@ -92,7 +92,12 @@ func (i inspector) Inspect(ctx context.Context, meshName, name string, q rest.In
 	case "clusters":
 		page = linkpb.Inspect_CLUSTERS
 	}
-	return i.links.Inspect(ctx, session.Key{Mesh: meshName, Name: name}, page, all, q.JSON)
+	body, err := i.links.Inspect(ctx, session.Key{Mesh: meshName, Name: name}, page, all, q.JSON)
+	if errs.Is(err, errs.NotFound) {
+		// The Dataplane is there; who runs it is not.
+		return nil, errs.New(errs.Unavailable, "the proxy %q of mesh %q can't be asked: it is not running, or its kuma-dp keeps no link to this control plane", name, meshName)
+	}
+	return body, err
 }
 
 // explainer tells what the control plane makes of its resources.
