@@ -205,7 +205,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	api, err := rest.New(rest.Config{
 		Kinds: kinds, Store: c.store, Gate: gate, Access: access, Authn: users, Issuer: tokens,
 		Index: rest.Index{
-			Product: build.Product, Version: build.Version, InstanceID: instance, ClusterID: "", Hostname: host, BasedOnKuma: contract,
+			Product: build.Product, Version: build.Version, InstanceID: instance, ClusterID: clusterID(c.certs.CA()), Hostname: host, BasedOnKuma: contract,
 		},
 		Settings:  func() ([]byte, error) { return conf.Redacted(cfg) },
 		Inspector: inspector{links}, Explainer: explainer{generator, c.tracker, c.sessions},
@@ -235,6 +235,10 @@ func instanceID() string {
 	}
 	return host + "-" + uuid.NewString()[:4]
 }
+
+// clusterID names this control plane's cluster: it is the same over restarts,
+// since it follows from the certificate that clients verify.
+func clusterID(ca []byte) string { return uuid.NewSHA1(uuid.NameSpaceOID, ca).String() }
 
 // deregistration turns the contract's "no delay" into session's.
 func deregistration(d time.Duration) time.Duration {

@@ -44,7 +44,7 @@ func (k *Keeper) Complete(ctx context.Context, m, old *resource.Resource) ([]sto
 	spec := mesh.Meshes.From(m).Spec
 	var writes []store.Write
 	if old == nil {
-		key, err := token.NewSigningKey()
+		key, err := k.signingKey()
 		if err != nil {
 			return nil, err
 		}

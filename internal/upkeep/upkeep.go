@@ -6,6 +6,7 @@ package upkeep
 import (
 	"context"
 	"log/slog"
+	"sync"
 	"time"
 
 	"kuma/internal/errs"
@@ -13,6 +14,7 @@ import (
 	"kuma/internal/resource"
 	"kuma/internal/state"
 	"kuma/internal/store"
+	"kuma/internal/token"
 )
 
 // Config is what a Keeper needs.
@@ -39,14 +41,19 @@ type Config struct {
 
 // Keeper does the upkeep. Prepare is called once before anything is served;
 // Complete is called with each write of a Mesh; Run goes on beside.
-type Keeper struct{ cfg Config }
+type Keeper struct {
+	cfg Config
+	// spare holds a signing key that was made while there was time: making one
+	// takes some tenths of a second, and a new Mesh wants one at once.
+	spare chan []byte
+}
 
 // New makes a keeper.
 func New(cfg Config) *Keeper {
 	if cfg.ServiceGrace == 0 {
 		cfg.ServiceGrace = time.Hour
 	}
-	return &Keeper{cfg}
+	return &Keeper{cfg, make(chan []byte)}
 }
 
 // Run keeps MeshServices and insights in line with the Dataplanes, whenever
@@ -59,6 +66,9 @@ func (k *Keeper) Run(ctx context.Context) error {
 	case <-ctx.Done():
 		return nil
 	}
+	var spares sync.WaitGroup
+	defer spares.Wait()
+	spares.Go(func() { k.makeSpares(ctx) })
 	var seen *state.Picture
 	var again <-chan time.Time
 	for {
@@ -76,6 +86,38 @@ func (k *Keeper) Run(ctx context.Context) error {
 		case <-again:
 			again = k.tidy(ctx, k.cfg.Tracker.Now())
 		}
+	}
+}
+
+// makeSpares keeps a signing key at hand. At the start there is enough to do
+// without it.
+func (k *Keeper) makeSpares(ctx context.Context) {
+	select {
+	case <-time.After(2 * time.Second):
+	case <-ctx.Done():
+		return
+	}
+	for {
+		key, err := token.NewSigningKey()
+		if err != nil {
+			k.cfg.Log.Error("make a spare signing key", "error", err)
+			return
+		}
+		select {
+		case k.spare <- key:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// signingKey returns a new signing key: the spare one, if it is there.
+func (k *Keeper) signingKey() ([]byte, error) {
+	select {
+	case key := <-k.spare:
+		return key, nil
+	default:
+		return token.NewSigningKey()
 	}
 }
 
