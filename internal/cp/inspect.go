@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"maps"
 	"sync"
 
 	// Types that configurations hold packed and empty, so that they can be shown
@@ -15,6 +16,7 @@ import (
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/formatter/req_without_query/v3"
 	"google.golang.org/protobuf/encoding/protojson"
 
+	"kuma/internal/catalog"
 	"kuma/internal/envoy"
 	"kuma/internal/errs"
 	"kuma/internal/link"
@@ -117,10 +119,11 @@ func (e explainer) proxy(meshName, name string) proxy.Proxy {
 }
 
 func (e explainer) Config(_ context.Context, meshName, name string, shadow bool) (json.RawMessage, error) {
+	pic := e.tracker.Now()
 	if shadow {
-		return nil, errs.New(errs.Invalid, "shadow policies are not computed by this version")
+		pic = unshadowed(pic, meshName)
 	}
-	c, err := e.generator.Generate(e.tracker.Now(), e.proxy(meshName, name))
+	c, err := e.generator.Generate(pic, e.proxy(meshName, name))
 	if err != nil {
 		return nil, err
 	}
@@ -142,6 +145,30 @@ func (e explainer) Config(_ context.Context, meshName, name string, shadow bool)
 		}
 	}
 	return json.Marshal(out)
+}
+
+// unshadowed is the picture as it would be if the mesh's policies that are only
+// tried out were in effect.
+func unshadowed(pic *state.Picture, meshName string) *state.Picture {
+	m := pic.Mesh(meshName)
+	if m == nil {
+		return pic
+	}
+	var live []*resource.Resource
+	for _, k := range catalog.Kinds() {
+		if k.Policy == nil {
+			continue
+		}
+		for _, r := range m.List(k.Name) {
+			if r.Labels[mesh.LabelEffect] == "shadow" {
+				c := *r
+				c.Labels = maps.Clone(r.Labels)
+				delete(c.Labels, mesh.LabelEffect)
+				live = append(live, &c)
+			}
+		}
+	}
+	return pic.As(live...)
 }
 
 func (e explainer) applied(meshName, name string) ([]policy.Applied, mesh.Dataplane, error) {

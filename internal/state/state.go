@@ -297,6 +297,16 @@ func IdentityOf(d mesh.Dataplane) Identity {
 	return Identity{d.Mesh, d.Spec.Services(), d.Spec.Tags()}
 }
 
+// As is the picture as it would be with these resources in the place of what is
+// there now. Nobody else sees it; it is for questions.
+func (p *Picture) As(resources ...*resource.Resource) *Picture {
+	changes := make([]Change, 0, len(resources))
+	for _, r := range resources {
+		changes = append(changes, Change{Key: r.Key(), New: r})
+	}
+	return p.with(p.Revision, changes)
+}
+
 // with returns a picture that shares with p all that did not change. Insights
 // matter to proxies only by the authority they show; other changes of them are
 // taken over without being told.

@@ -191,3 +191,21 @@ func TestAServiceWithoutEndpointsIsRemembered(t *testing.T) {
 		}
 	})
 }
+
+// TestAs: a picture of what could be leaves the one that is as it was.
+func TestAs(t *testing.T) {
+	in(t, func(t *testing.T, s store.Store, tr *state.Tracker) {
+		rev := put(t, s, mesh.Meshes.Make("", "default", &mesh.MeshSpec{}), dataplane("a", "web", "http"))
+		if err := tr.Await(t.Context(), rev); err != nil {
+			t.Fatal(err)
+		}
+		now := tr.Now()
+		could := now.As(dataplane("a", "web", "grpc"), dataplane("b", "api", "http"))
+		if p := could.Mesh("default").Protocol("web"); p != "grpc" || len(could.Mesh("default").Endpoints("api")) != 1 {
+			t.Errorf("what could be: web speaks %s, api has %d endpoints", p, len(could.Mesh("default").Endpoints("api")))
+		}
+		if p := now.Mesh("default").Protocol("web"); p != "http" || len(now.Mesh("default").Endpoints("api")) != 0 || tr.Now() != now {
+			t.Error("the picture of now has changed")
+		}
+	})
+}
