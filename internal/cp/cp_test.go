@@ -332,6 +332,29 @@ func TestSignals(t *testing.T) {
 	}
 }
 
+// TestLogFile: the log goes into a file that is its user's alone, where one is
+// named; one that can't be written is an error before anything starts.
+func TestLogFile(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "cp.log")
+	var out, err bytes.Buffer
+	env := []string{"KUMA_MODE=global", "KUMA_GENERAL_WORKDIR=x"}
+	if code := cp.Main(t.Context(), []string{"run", "--log-output-path", path}, env, &out, &err); code != 1 || strings.Contains(err.String(), "WARN") {
+		t.Errorf("exit code %d: %s", code, err.String())
+	}
+	raw, readErr := os.ReadFile(path)
+	if readErr != nil || !strings.Contains(string(raw), "KUMA_GENERAL_WORKDIR is not known; the nearest known one is KUMA_GENERAL_WORK_DIR") {
+		t.Errorf("the file has %q, %v", raw, readErr)
+	}
+	if info, statErr := os.Stat(path); statErr != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("the file: %v %v", info, statErr)
+	}
+	err.Reset()
+	if code := cp.Main(t.Context(), []string{"run", "--log-output-path", filepath.Join(dir, "none", "cp.log")}, env, &out, &err); code != 1 || !strings.Contains(err.String(), "Error: --log-output-path: ") {
+		t.Errorf("exit code %d: %s", code, err.String())
+	}
+}
+
 // TestSettings: the configuration without a setting can be served, and
 // each setting that is wrong is named with its key.
 func TestSettings(t *testing.T) {

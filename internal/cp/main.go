@@ -22,9 +22,14 @@ func Main(ctx context.Context, args, env []string, stdout, stderr io.Writer) int
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	var level string
-	root.PersistentFlags().StringVar(&level, "log-level", "info", "what is logged: off, info or debug")
-	root.AddCommand(runCommand(&level, env), versionCommand())
+	var out logOutput
+	p := root.PersistentFlags()
+	p.StringVar(&out.level, "log-level", "info", "what is logged: off, info or debug")
+	p.StringVar(&out.path, "log-output-path", "", "file to log into (default: standard error)")
+	p.IntVar(&out.maxSize, "log-max-size", 100, "size in megabytes at which a log file is rotated")
+	p.IntVar(&out.maxAge, "log-max-age", 30, "days that rotated log files are kept")
+	p.IntVar(&out.maxFiles, "log-max-retained-files", 1000, "number of rotated log files that are kept")
+	root.AddCommand(runCommand(&out, env), versionCommand())
 	if err := root.ExecuteContext(ctx); err != nil {
 		fmt.Fprintln(stderr, "Error:", err)
 		return 1
@@ -32,13 +37,13 @@ func Main(ctx context.Context, args, env []string, stdout, stderr io.Writer) int
 	return 0
 }
 
-func runCommand(level *string, env []string) *cobra.Command {
+func runCommand(out *logOutput, env []string) *cobra.Command {
 	var file string
 	c := &cobra.Command{
 		Use: "run", Short: "Run the control plane until SIGTERM or SIGINT", Args: cobra.NoArgs,
 		Example: "  kuma-cp run\n  KUMA_STORE_TYPE=memory kuma-cp run\n  kuma-cp run --config-file kuma-cp.yaml",
 		RunE: func(c *cobra.Command, _ []string) error {
-			log, err := Logger(c.ErrOrStderr(), *level)
+			log, err := out.open(c.ErrOrStderr())
 			if err != nil {
 				return err
 			}

@@ -14,6 +14,7 @@
 //	                       stderr; a leading ! demands a status of 400 or more
 //	bearer NAME FILE       put a file's content into the environment
 //	base64 FILE TO         write a file's content as base64 into another's KEY
+//	fill FILE              write $TOKEN over the word TOKEN in a file
 //	admin NAME             put the administrator's token into the environment
 //	revoke FILE            revoke the user token in a file
 //	proxy NAME FILE [TOKEN-FILE]
@@ -87,7 +88,7 @@ func TestStories(t *testing.T) {
 			return s.ports()
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"bearer": bearerCommand, "admin": adminCommand, "revoke": revokeCommand, "base64": base64Command,
+			"bearer": bearerCommand, "admin": adminCommand, "revoke": revokeCommand, "base64": base64Command, "fill": fillCommand,
 			"plane": planeCommand, "curl": curlCommand, "proxy": proxyCommand, "waitfor": waitforCommand, "until": untilCommand,
 		},
 	})
@@ -423,6 +424,10 @@ func base64Command(ts *testscript.TestScript, _ bool, args []string) {
 	text := base64.StdEncoding.EncodeToString([]byte(ts.ReadFile(args[0])))
 	to := ts.MkAbs(args[1])
 	ts.Check(os.WriteFile(to, []byte(strings.ReplaceAll(ts.ReadFile(to), "KEY", text)), 0o600))
+}
+
+func fillCommand(ts *testscript.TestScript, _ bool, args []string) {
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(strings.ReplaceAll(ts.ReadFile(args[0]), "TOKEN", ts.Getenv("TOKEN"))), 0o600))
 }
 
 func adminCommand(ts *testscript.TestScript, _ bool, args []string) {
