@@ -16,7 +16,9 @@
 //	base64 FILE TO         write a file's content as base64 into another's KEY
 //	fill FILE              write $TOKEN over the word TOKEN in a file
 //	admin NAME             put the administrator's token into the environment
-//	revoke FILE            revoke the user token in a file
+//	revoke FILE [KIND MESH NAME]
+//	                       revoke the token in a file: a user's, or one whose
+//	                       list is in that secret
 //	proxy NAME FILE [TOKEN-FILE]
 //	                       open an ADS stream as kuma-dp's Envoy does for the
 //	                       Dataplane in FILE
@@ -373,6 +375,9 @@ func proxyCommand(ts *testscript.TestScript, neg bool, args []string) {
 		Conn: s.dial(ts), Mesh: header.Mesh, Name: header.Name, Token: token, Metadata: cptest.Metadata("story-"+args[0], string(doc)),
 	})
 	ts.Check(p.Connect(context.Background()))
+	if old := s.proxies[args[0]]; old != nil {
+		old.Close()
+	}
 	s.proxies[args[0]] = p
 }
 
@@ -443,10 +448,18 @@ func revokeCommand(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(err)
 	var id struct{ JTI string }
 	ts.Check(json.Unmarshal(claims, &id))
-	doc, err := json.Marshal(map[string]any{"type": "GlobalSecret", "name": "user-token-revocations", "data": []byte("other-id, " + id.JTI + "\n")})
+	secret := map[string]any{"type": "GlobalSecret", "name": "user-token-revocations", "data": []byte("other-id, " + id.JTI + "\n")}
+	path := "/global-secrets/user-token-revocations"
+	if len(args) == 4 {
+		secret["type"], secret["name"], path = args[1], args[3], "/global-secrets/"+args[3]
+		if args[2] != "" {
+			secret["mesh"], path = args[2], "/meshes/"+args[2]+"/secrets/"+args[3]
+		}
+	}
+	doc, err := json.Marshal(secret)
 	ts.Check(err)
 	ts.Check(os.WriteFile(ts.MkAbs("revocations.json"), doc, 0o600))
-	status, _, body, err := request(ts, []string{"PUT", "/global-secrets/user-token-revocations", "revocations.json"})
+	status, _, body, err := request(ts, []string{"PUT", path, "revocations.json"})
 	if err != nil || status >= 300 {
 		ts.Fatalf("revoke: %d %s %v", status, body, err)
 	}
