@@ -37,7 +37,9 @@ type conn struct {
 	quota    *rate.Limiter
 	left     chan error
 	leaving  bool
-	denials  *rate.Limiter
+	// arrived says that the proxy has said that it can serve.
+	arrived bool
+	denials *rate.Limiter
 
 	asks  chan *ask
 	open  map[uint64]*ask
@@ -193,6 +195,10 @@ func (c *conn) handle(m *linkpb.FromProxy) error {
 		reason := cut(x.Readiness.GetReason(), maxReason)
 		c.session.SetReadiness(x.Readiness.GetReady(), reason)
 		c.srv.cfg.Insights.Readiness(c.session.Node.Mesh, c.session.Node.Name, x.Readiness.GetReady(), reason)
+		if x.Readiness.GetReady() && !c.arrived {
+			c.arrived = true
+			go c.arrive(c.grpc.Context())
+		}
 	case *linkpb.FromProxy_Leaving:
 		if c.leaving {
 			return nil
@@ -205,6 +211,22 @@ func (c *conn) handle(m *linkpb.FromProxy) error {
 		c.denied(x.Denials)
 	}
 	return nil
+}
+
+// arrive has the proxy's inbounds get traffic, however long the store refuses.
+func (c *conn) arrive(ctx context.Context) {
+	for pause := 100 * time.Millisecond; ; pause = min(2*pause, 5*time.Second) {
+		err := c.session.Arrive(ctx)
+		if err == nil || ctx.Err() != nil {
+			return
+		}
+		c.log.Warn("a proxy that can serve gets no traffic yet, trying again", "error", err)
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // sign has a signing request answered beside the loop, since an authority may

@@ -161,6 +161,12 @@ func TestLifeOfALink(t *testing.T) {
 	if len(ids) != 1 || ids[0].GetSecret() != "identity_cert:secret:default" || ids[0].GetRevision() == "" {
 		t.Fatalf("identities %v", ids)
 	}
+	if _, err := a.WaitComplete(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	if s := hear(c, (*linkpb.ToProxy).GetConfigStatus); !s.GetComplete() || len(s.GetRejections()) > 0 {
+		t.Errorf("status %v", s)
+	}
 	csr, key := request(t)
 	cert := c.sign(ids[0].GetSecret(), ids[0].GetRevision(), csr)
 	pair, err := tls.X509KeyPair(cert.GetChain(), key)
@@ -177,13 +183,6 @@ func TestLifeOfALink(t *testing.T) {
 		r := p.Get(mesh.DataplaneInsights.Key("default", "web"))
 		return r != nil && mesh.DataplaneInsights.From(r).Spec.MTLS != nil
 	})
-	if _, err := a.WaitComplete(within(t)); err != nil {
-		t.Fatal(err)
-	}
-	if s := hear(c, (*linkpb.ToProxy).GetConfigStatus); !s.GetComplete() || len(s.GetRejections()) > 0 {
-		t.Errorf("status %v", s)
-	}
-
 	c.say(&linkpb.FromProxy{Message: &linkpb.FromProxy_Readiness{Readiness: &linkpb.Readiness{Reason: "the disk is full"}}})
 	await(t, d, "the insight shows the readiness", func(p *state.Picture) bool {
 		r := p.Get(mesh.DataplaneInsights.Key("default", "web"))
@@ -318,8 +317,13 @@ func TestLeaving(t *testing.T) {
 		c.say(&linkpb.FromProxy{Message: &linkpb.FromProxy_Leaving{Leaving: &linkpb.Leaving{}}})
 		hear(c, (*linkpb.ToProxy).GetLeaveNoted)
 	}
+	able := func(c *client) {
+		t.Helper()
+		hear(c, (*linkpb.ToProxy).GetWelcome)
+		c.say(&linkpb.FromProxy{Message: &linkpb.FromProxy_Readiness{Readiness: &linkpb.Readiness{Ready: true}}})
+	}
 	c := dial(t, d, "", hello("web-1", "web"))
-	hear(c, (*linkpb.ToProxy).GetWelcome)
+	able(c)
 	own := ads(t, d, cptest.ADSConfig{Name: "web-1", Metadata: cptest.Metadata("i-web-1", "", session.FeatureLink)})
 	if _, err := own.WaitComplete(within(t)); err != nil {
 		t.Fatal(err)
@@ -336,7 +340,7 @@ func TestLeaving(t *testing.T) {
 	// A new run takes the name while the old one still drains.
 	h := hello("web-1", "web")
 	h.Instance = "next"
-	hear(dial(t, d, "", h), (*linkpb.ToProxy).GetWelcome)
+	able(dial(t, d, "", h))
 	has("web-1")
 
 	t.Run("made by the API", func(t *testing.T) {
@@ -354,13 +358,65 @@ func TestLeaving(t *testing.T) {
 		}
 		c.close()
 		h.Instance = "next"
-		hear(dial(t, d, "", h), (*linkpb.ToProxy).GetWelcome)
+		able(dial(t, d, "", h))
 		has("web-1", "web-2")
 		spec := mesh.Dataplanes.From(d.Tracker.Now().Get(mesh.Dataplanes.Key("default", "web-2"))).Spec
 		if spec.Networking.Inbound[0].IsReady() || !spec.Networking.Inbound[1].IsReady() {
 			t.Errorf("states after its return: %+v", spec.Networking.Inbound)
 		}
 	})
+}
+
+// Who comes gets no traffic before it says that it can serve; a link that breaks
+// and comes back changes nothing.
+func TestArriving(t *testing.T) {
+	t.Parallel()
+	d := cptest.OpenDoors(t, cptest.DoorsConfig{})
+	d.Mesh("default", false)
+	key := mesh.Dataplanes.Key("default", "web")
+	serves := func() bool {
+		return mesh.Dataplanes.From(d.Tracker.Now().Get(key)).Spec.Networking.Inbound[0].IsReady()
+	}
+	say := func(c *client, ready bool) {
+		c.say(&linkpb.FromProxy{Message: &linkpb.FromProxy_Readiness{Readiness: &linkpb.Readiness{Ready: ready, Reason: "envoy not ready"}}})
+	}
+	h := hello("web", "web")
+	c := dial(t, d, "", h)
+	hear(c, (*linkpb.ToProxy).GetWelcome)
+	say(c, false)
+	await(t, d, "the insight shows the readiness", func(p *state.Picture) bool {
+		r := p.Get(mesh.DataplaneInsights.Key("default", "web"))
+		return r != nil && mesh.DataplaneInsights.From(r).Spec.Readiness != nil
+	})
+	if serves() {
+		t.Error("it gets traffic before it can serve")
+	}
+	c.close()
+	c = dial(t, d, "", h)
+	hear(c, (*linkpb.ToProxy).GetWelcome)
+	if serves() {
+		t.Error("it gets traffic after its link broke while it started")
+	}
+	say(c, true)
+	await(t, d, "it gets traffic", func(*state.Picture) bool { return serves() })
+	version := d.Tracker.Now().Get(key).Version
+	c.close()
+	c = dial(t, d, "", h)
+	hear(c, (*linkpb.ToProxy).GetWelcome)
+	if now := d.Tracker.Now().Get(key); !serves() || now.Version != version {
+		t.Error("a link that came back changed the Dataplane")
+	}
+	// Another run of it, after a kill.
+	c.close()
+	h = hello("web", "web")
+	h.Instance = "next"
+	c = dial(t, d, "", h)
+	hear(c, (*linkpb.ToProxy).GetWelcome)
+	if serves() {
+		t.Error("the next run gets traffic before it can serve")
+	}
+	say(c, true)
+	await(t, d, "the next run gets traffic", func(*state.Picture) bool { return serves() })
 }
 
 func TestInspect(t *testing.T) {

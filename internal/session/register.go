@@ -20,9 +20,10 @@ import (
 	"kuma/internal/store"
 )
 
-// labelLeft marks a Dataplane that was made by the API and whose proxy has
-// left: its value lists the inbounds that were ready, by their place, joined by
-// dots. They are ready again when the proxy comes back.
+// labelLeft marks a Dataplane whose proxy can't serve: it has just come and is
+// still starting, or it has left and the Dataplane was made by the API. Its value
+// lists the inbounds that would be ready, by their place, joined by dots. They
+// are ready when the proxy says that it can serve.
 const labelLeft = "kuma.io/left-inbounds"
 
 // removeTimeout bounds the withdrawal of one Dataplane.
@@ -78,10 +79,17 @@ func (st *Stream) register(ctx context.Context) error {
 		if wanted, err = st.brought(old); err != nil {
 			return err
 		}
+		if st.starts(old) {
+			if d := departed(wanted); d != nil {
+				wanted = d
+			}
+		}
 	case old == nil:
 		return errs.New(errs.NotFound, "resource %q not found; create a Dataplane in Kuma CP first or pass it as an argument to kuma-dp", node.Key)
-	default:
+	case !st.starts(old):
 		wanted = returned(old)
+	case old.Labels[labelLeft] == "":
+		wanted = departed(old)
 	}
 	version := uint64(0)
 	if old != nil {
@@ -177,6 +185,54 @@ func same(a, b *resource.Resource) bool {
 	return errX == nil && errY == nil && string(x) == string(y)
 }
 
+// starts reports whether the stream's proxy has just come and has yet to say
+// that it can serve. Only one with a link says so. Who was here before a restart
+// of this control plane is taken to be able still.
+func (st *Stream) starts(old *resource.Resource) bool {
+	st.reg.mu.Lock()
+	defer st.reg.mu.Unlock()
+	s := st.session
+	return st.Kind == Link && !s.arrived && (old == nil || s.succeeds || old.Labels[labelLeft] != "")
+}
+
+// Arrive takes in that the proxy can serve: from now on its inbounds get
+// traffic. Errors are those of the store.
+func (st *Stream) Arrive(ctx context.Context) error {
+	r, s := st.reg, st.session
+	select {
+	case s.turn <- struct{}{}:
+		defer func() { <-s.turn }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	r.mu.Lock()
+	done := s.arrived || s.leaving || r.sessions[s.key] != s
+	r.mu.Unlock()
+	if done {
+		return nil
+	}
+	for attempt := 1; ; attempt++ {
+		old, err := r.cfg.Store.Get(ctx, s.key.resource())
+		if err == nil {
+			err = st.Covers(mesh.Dataplanes.From(old))
+		}
+		if err == nil {
+			if now := returned(old); now != nil {
+				_, err = r.cfg.Gate.Put(ctx, auth.ControlPlane(), admit.Change{Resource: now, If: store.Condition{Version: old.Version}, Measured: true})
+			}
+		}
+		if errs.Is(err, errs.Conflict) && attempt < 5 {
+			continue
+		}
+		if err == nil {
+			r.mu.Lock()
+			s.arrived = true
+			r.mu.Unlock()
+		}
+		return err
+	}
+}
+
 // Leave withdraws a proxy that has said that it is about to end. It returns
 // when the other proxies have been sent what follows, or settle has passed.
 func (st *Stream) Leave(ctx context.Context, settle time.Duration) error {
@@ -269,7 +325,8 @@ func departed(old *resource.Resource) *resource.Resource {
 	return with(old, spec, mark)
 }
 
-// returned is a Dataplane whose proxy is back: what departed did is undone.
+// returned is a Dataplane whose proxy can serve (again): what departed did is
+// undone.
 func returned(old *resource.Resource) *resource.Resource {
 	mark := old.Labels[labelLeft]
 	if mark == "" {
@@ -281,8 +338,9 @@ func returned(old *resource.Resource) *resource.Resource {
 		if err != nil || spec.Networking == nil || i < 0 || i >= len(spec.Networking.Inbound) {
 			continue
 		}
-		if in := &spec.Networking.Inbound[i]; in.State == mesh.NotReady {
-			in.State, in.Health = mesh.Ready, nil
+		// What was measured meanwhile counts.
+		if in := &spec.Networking.Inbound[i]; in.State == mesh.NotReady && (in.Health == nil || in.Health.Ready) {
+			in.State, in.Health = "", nil // which means ready
 		}
 	}
 	return with(old, spec, "")

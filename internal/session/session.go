@@ -101,6 +101,9 @@ type session struct {
 
 	streams [kinds]*Stream
 	open    int
+	// succeeds says that another instance held the name before; arrived that
+	// the proxy has said that it can serve.
+	succeeds, arrived bool
 	// gone is closed when the last stream has ended.
 	gone    chan struct{}
 	timer   *time.Timer
@@ -199,7 +202,7 @@ func (r *Registry) take(kind Kind, node *Node, credential auth.Proxy) (st *Strea
 				old.end(errs.New(errs.Conflict, "another proxy has taken this name over"))
 			}
 		}
-		s = &session{key: node.Key, instance: node.Instance, turn: s.turn}
+		s = &session{key: node.Key, instance: node.Instance, turn: s.turn, succeeds: true}
 	default:
 		return nil, s.gone
 	}
