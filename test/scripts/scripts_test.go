@@ -372,7 +372,7 @@ func proxyCommand(ts *testscript.TestScript, neg bool, args []string) {
 		token = strings.TrimSpace(ts.ReadFile(args[2]))
 	}
 	p := cptest.NewADS(cptest.ADSConfig{
-		Conn: s.dial(ts), Mesh: header.Mesh, Name: header.Name, Token: token, Metadata: cptest.Metadata("story-"+args[0], string(doc)),
+		Conn: s.dial(ts), Mesh: header.Mesh, Name: header.Name, Token: token, Metadata: cptest.Metadata("story-"+header.Name, string(doc)),
 	})
 	ts.Check(p.Connect(context.Background()))
 	if old := s.proxies[args[0]]; old != nil {
