@@ -131,8 +131,9 @@ func (r *room) clean(l *load) {
 }
 
 // TestLeavingLosesNothing stops one of two backends under load, with a drain
-// time far shorter than any health check: no request fails, since the others
-// know before it drains.
+// time far shorter than any health check, and starts it again: no request fails,
+// since the others know before it drains, and hear of the next one when it can
+// serve.
 func TestLeavingLosesNothing(t *testing.T) {
 	r := open(t)
 	cp := r.controlPlane()
@@ -170,6 +171,11 @@ func TestLeavingLosesNothing(t *testing.T) {
 		r.answeredBy(l, "one", "two")
 	}
 	r.clean(l)
+	// Nor was anything saved by trying again: who leaves listens until the others
+	// know, and who comes gets traffic when it can serve.
+	if n := r.stat(cp, "web", `cluster\.backend\.upstream_cx_connect_fail`); n > 0 {
+		t.Errorf("%d connections were tried where nobody listens", n)
+	}
 	t.Logf("served: %v", l.served)
 	if dirs, _ := filepath.Glob(filepath.Join(r.temp(), "kuma-dp-*")); len(dirs) != 2 {
 		t.Errorf("working directories: %v", dirs)
