@@ -58,6 +58,7 @@ type ControlPlane struct {
 
 	sessions *session.Registry
 	insights *insight.Recorder
+	counted  []metric
 
 	// The servers, each with its listener.
 	http        []server
@@ -168,6 +169,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 		Tracker: c.tracker, Sessions: c.sessions, Issuer: issuer, Insights: c.insights, Instance: instance,
 		RetryBase: cfg.General.CertGenerationBaseBackoff, RetryMax: cfg.General.CertGenerationMaxBackoff, Log: log.With("logger", "link"),
 	})
+	c.counted = metrics(c.sessions, ads, links)
 	c.grpc = grpc.NewServer(xds.ServerOptions()...)
 	ads.Register(c.grpc)
 	links.Register(c.grpc)
@@ -471,8 +473,8 @@ func (s server) run(ctx context.Context) error {
 	return err
 }
 
-// diagnose is the diagnostics port: whether the control plane is alive, and
-// whether it serves.
+// diagnose is the diagnostics port: whether the control plane is alive, whether
+// it serves, and what it counts.
 func (c *ControlPlane) diagnose() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthy", func(http.ResponseWriter, *http.Request) {})
@@ -480,6 +482,10 @@ func (c *ControlPlane) diagnose() http.Handler {
 		if !c.ready.Load() {
 			w.WriteHeader(http.StatusServiceUnavailable)
 		}
+	})
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+		_ = writeMetrics(w, c.cfg.Multizone.Zone.Name, c.counted)
 	})
 	return mux
 }

@@ -33,8 +33,9 @@ func TestWhoMayCall(t *testing.T) {
 	}, pair))
 	r.ready(backend, webProxy, pairProxy)
 
-	if a := r.answers(web.port, http.StatusForbidden); a.body != "RBAC: access denied" {
-		t.Errorf("nobody is permitted, and the body is %q", a.body)
+	denied := r.answers(web.port, http.StatusForbidden)
+	if h := denied.header; denied.body != "RBAC: access denied" || h.Get("Content-Type") != "text/plain" || h.Get("Server") != "envoy" || h.Get("X-Envoy-Upstream-Service-Time") == "" {
+		t.Errorf("nobody is permitted, and the answer is %q %v", denied.body, h)
 	}
 	rules := func(yaml string) string {
 		return "type: MeshTrafficPermission\nmesh: default\nname: p\nspec:\n  targetRef: {kind: Dataplane, labels: {app: backend}}\n" + yaml

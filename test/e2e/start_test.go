@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -205,6 +206,11 @@ func TestReadyMeansAble(t *testing.T) {
 		}
 		return nil
 	})
+	_, metrics, err := lab.Get(fmt.Sprintf("http://127.0.0.1:%d/metrics", cp.Diagnostics))
+	r.must(err)
+	if refused := regexp.MustCompile(`(?m)^xds_requests_received\{confirmation="NACK",zone="default"\} [1-9]`); !refused.MatchString(metrics) {
+		t.Errorf("no metric counts the refusals:\n%s", metrics)
+	}
 }
 
 // TestServiceWithoutEndpoints: an http service whose last proxy has gone still
