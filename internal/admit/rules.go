@@ -36,7 +36,7 @@ func names(r *resource.Resource, at resource.Key, isNew bool) (bad []errs.Field)
 		if r.Name != at.Name {
 			add("name", "name from the URL has to be the same as in body")
 		}
-		if r.Mesh != at.Mesh {
+		if r.Mesh != at.Mesh && r.Kind.Scope == resource.Mesh {
 			add("mesh", "mesh from the URL has to be the same as in body")
 		}
 		if len(bad) > 0 {

@@ -258,6 +258,7 @@ func TestErrors(t *testing.T) {
 		{"write under no such mesh", a.admin, "PUT", "/meshes/nope/dataplanes/a", "{", stdError{404, "Failed to retrieve Mesh", "Not found", nil}},
 		{"other name", a.admin, "PUT", "/meshes/m2", `{"type":"Mesh","name":"m1"}`, stdError{400, "Could not process a resource", invalid, []string{"name: name from the URL has to be the same as in body"}}},
 		{"other mesh", a.admin, "PUT", "/meshes/default/secrets/a", `{"type":"Secret","mesh":"m1","name":"a"}`, stdError{400, "Could not process a resource", invalid, []string{"mesh: mesh from the URL has to be the same as in body"}}},
+		{"a mesh where there is none", a.admin, "PUT", "/zones/a", `{"type":"Zone","mesh":"m1","name":"a"}`, stdError{400, "Could not process a resource", invalid, []string{"mesh: Zone is not part of a mesh: leave this out"}}},
 		{"no type", a.admin, "PUT", "/meshes/m2", `{"name":"m2"}`, stdError{400, "Could not process a resource", invalid, []string{"type: type from the URL has to be the same as in body"}}},
 		{"broken JSON", a.admin, "PUT", "/meshes/m2", ``, stdError{400, "Bad Request", `invalid Mesh object: "unexpected end of JSON input"`, nil}},
 		{"unknown field", a.admin, "PUT", "/meshes/m2", `{"type":"Mesh","name":"m2","mtsl":{}}`, stdError{400, "Could not process a resource", invalid, []string{`mtsl: unknown field; did you mean "mtls"?`}}},

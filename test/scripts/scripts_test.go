@@ -47,7 +47,6 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -182,7 +181,7 @@ func (j *journal) String() string {
 }
 
 // start runs a control plane with the story's environment and these settings.
-func (s *story) start(settings []string) error {
+func (s *story) start(ts *testscript.TestScript, settings []string) error {
 	if s.stop != nil {
 		return errors.New("the control plane runs already")
 	}
@@ -191,7 +190,13 @@ func (s *story) start(settings []string) error {
 			return fmt.Errorf("%q is not a setting", kv)
 		}
 	}
-	env := append(slices.DeleteFunc(slices.Clone(s.env.Vars), func(kv string) bool { return !strings.HasPrefix(kv, "KUMA_") }), settings...)
+	var env []string
+	for _, kv := range s.env.Vars {
+		if name, _, _ := strings.Cut(kv, "="); strings.HasPrefix(name, "KUMA_") {
+			env = append(env, name+"="+ts.Getenv(name)) // the story may have changed it
+		}
+	}
+	env = append(env, settings...)
 	s.log = &journal{message: "msg=ready ", seen: make(chan struct{})}
 	log, err := cp.Logger(s.log, "debug")
 	if err != nil {
@@ -230,7 +235,7 @@ func planeCommand(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	switch args[0] {
 	case "start":
-		err := s.start(args[1:])
+		err := s.start(ts, args[1:])
 		if err != nil {
 			fmt.Fprintln(ts.Stderr(), err)
 		}
