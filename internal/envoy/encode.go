@@ -273,14 +273,25 @@ func (e *encoder) denialLog(in *Inbound, http bool) *accesslogv3.AccessLog {
 	for k, v := range fields {
 		format.Fields[k] = structpb.NewStringValue(v)
 	}
+	filter := &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_ExtensionFilter{ExtensionFilter: &accesslogv3.ExtensionFilter{
+		Name: "envoy.access_loggers.extension_filters.cel",
+		ConfigType: &accesslogv3.ExtensionFilter_TypedConfig{TypedConfig: e.any(&celfilterv3.ExpressionFilter{
+			Expression: "has(" + attribute + ") && " + attribute + ".startsWith('" + denialPrefix + "')",
+		})},
+	}}}
+	if http {
+		// The expression is dear. This is cheap and met by a refusal alone, be it
+		// 403 or gRPC's own status; Envoy stops at the first filter that is not met.
+		refused := &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_GrpcStatusFilter{GrpcStatusFilter: &accesslogv3.GrpcStatusFilter{
+			Statuses: []accesslogv3.GrpcStatusFilter_Status{accesslogv3.GrpcStatusFilter_PERMISSION_DENIED},
+		}}}
+		filter = &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_AndFilter{AndFilter: &accesslogv3.AndFilter{
+			Filters: []*accesslogv3.AccessLogFilter{refused, filter},
+		}}}
+	}
 	return &accesslogv3.AccessLog{
-		Name: "envoy.access_loggers.file",
-		Filter: &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_ExtensionFilter{ExtensionFilter: &accesslogv3.ExtensionFilter{
-			Name: "envoy.access_loggers.extension_filters.cel",
-			ConfigType: &accesslogv3.ExtensionFilter_TypedConfig{TypedConfig: e.any(&celfilterv3.ExpressionFilter{
-				Expression: "has(" + attribute + ") && " + attribute + ".startsWith('" + denialPrefix + "')",
-			})},
-		}}},
+		Name:   "envoy.access_loggers.file",
+		Filter: filter,
 		ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: e.any(&fileaccesslogv3.FileAccessLog{
 			Path: in.DenialLog,
 			AccessLogFormat: &fileaccesslogv3.FileAccessLog_LogFormat{LogFormat: &corev3.SubstitutionFormatString{
