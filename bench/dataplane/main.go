@@ -49,6 +49,9 @@ type result struct {
 	// in microseconds: other programs on the machine matter less there.
 	SidecarsCPU spread `json:"sidecars_cpu_us"`
 	BareCPU     spread `json:"bare_envoys_cpu_us"`
+	// CPURatio is Bare to Sidecars in these, the median of the rounds: what Ratio
+	// would be if nothing but the proxies took time.
+	CPURatio float64 `json:"cpu_ratio"`
 }
 
 // spread sums up several measurements.
@@ -155,6 +158,11 @@ func run(ctx context.Context, o options) error {
 	res.Direct = rate(n, took)
 	res.Sidecars, res.Bare = spreadOf(sidecars), spreadOf(bare)
 	res.SidecarsCPU, res.BareCPU = spreadOf(sidecarsCPU), spreadOf(bareCPU)
+	var ratios []float64
+	for i := range sidecarsCPU {
+		ratios = append(ratios, bareCPU[i]/sidecarsCPU[i])
+	}
+	res.CPURatio = math.Round(spreadOf(ratios).Median*1000) / 1000
 	res.Ratio = math.Round(res.Sidecars.Median/res.Bare.Median*1000) / 1000
 	if res.Resident, err = resident(s.caller.Cmd.Process.Pid); err != nil {
 		return err
@@ -358,25 +366,28 @@ func (s *sidecars) envoys() ([]int, error) {
 	return out, nil
 }
 
-// cpu is what the processes have used so far.
+// cpu is what the processes have used so far, all threads together.
 func cpu(pids []int) (time.Duration, error) {
-	var ticks int64
+	var sum time.Duration
 	for _, pid := range pids {
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-		if err != nil {
-			return 0, err
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid))
+		if err != nil || len(threads) == 0 {
+			return 0, fmt.Errorf("process %d is not there", pid)
 		}
-		// The name, in parentheses, may hold blanks.
-		f := strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))
-		for _, v := range f[11:13] {
-			n, err := strconv.ParseInt(v, 10, 64)
+		for _, file := range threads {
+			b, err := os.ReadFile(file)
 			if err != nil {
-				return 0, err
+				continue // the thread has ended
 			}
-			ticks += n
+			used, _, _ := strings.Cut(string(b), " ")
+			n, err := strconv.ParseInt(used, 10, 64)
+			if err != nil {
+				return 0, fmt.Errorf("%s: %w", file, err)
+			}
+			sum += time.Duration(n)
 		}
 	}
-	return time.Duration(ticks) * 10 * time.Millisecond, nil
+	return sum, nil
 }
 
 // resident is a process's resident memory in MiB.
