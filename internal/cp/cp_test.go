@@ -362,16 +362,18 @@ func TestSettings(t *testing.T) {
 		t.Fatalf("defaults: %v %q", err, warnings)
 	}
 	for setting, want := range map[string]string{
-		"KUMA_MODE=global":                                    `mode: "global" is not served`,
-		"KUMA_ENVIRONMENT=kubernetes":                         `environment: "kubernetes" is not served`,
-		"KUMA_STORE_TYPE=etcd":                                `store.type: "etcd" is not served`,
-		"KUMA_MULTIZONE_ZONE_NAME=" + strings.Repeat("z", 64): "multizone.zone.name",
-		"KUMA_DP_SERVER_PORT=0":                               "dpServer.port: 0 is not a port",
-		"KUMA_DIAGNOSTICS_SERVER_PORT=65536":                  "diagnostics.serverPort: 65536 is not a port",
-		"KUMA_API_SERVER_HTTPS_REQUIRE_CLIENT_CERT=true":      "apiServer.https.requireClientCert",
-		"KUMA_ACCESS_ANONYMOUS=open":                          `access.anonymous: "open"`,
-		"KUMA_GENERAL_TLS_MAX_VERSION=TLSv1_1":                "general.tlsMaxVersion: unsupported tls version: TLSv1_1",
-		"KUMA_GENERAL_TLS_CIPHER_SUITES=RC4":                  `general.tlsCipherSuites: "RC4"`,
+		"KUMA_MODE=global":                                       `mode: "global" is not served`,
+		"KUMA_ENVIRONMENT=kubernetes":                            `environment: "kubernetes" is not served`,
+		"KUMA_STORE_TYPE=etcd":                                   `store.type: "etcd" is not served`,
+		"KUMA_MULTIZONE_ZONE_NAME=" + strings.Repeat("z", 64):    "multizone.zone.name",
+		"KUMA_DP_SERVER_PORT=0":                                  "dpServer.port: 0 is not a port",
+		"KUMA_DIAGNOSTICS_SERVER_PORT=65536":                     "diagnostics.serverPort: 65536 is not a port",
+		"KUMA_API_SERVER_HTTPS_REQUIRE_CLIENT_CERT=true":         "apiServer.https.requireClientCert",
+		"KUMA_API_SERVER_AUTHN_TYPE=adminClientCerts":            `apiServer.authn.type: there is no authentication named "adminClientCerts"`,
+		"KUMA_DP_SERVER_AUTHN_DP_PROXY_TYPE=serviceAccountToken": `dpServer.authn.dpProxy.type: there is no authentication named "serviceAccountToken"`,
+		"KUMA_ACCESS_ANONYMOUS=open":                             `access.anonymous: "open"`,
+		"KUMA_GENERAL_TLS_MAX_VERSION=TLSv1_1":                   "general.tlsMaxVersion: unsupported tls version: TLSv1_1",
+		"KUMA_GENERAL_TLS_CIPHER_SUITES=RC4":                     `general.tlsCipherSuites: "RC4"`,
 	} {
 		_, _, err := cp.Load("", []string{setting})
 		if err == nil || !strings.Contains(err.Error(), want) {

@@ -123,6 +123,12 @@ func (c *Config) check() error {
 	if _, err := auth.NewAccess(c.Access); err != nil {
 		return err
 	}
+	if _, err := auth.NewAuthenticator(auth.AuthenticatorConfig{Users: c.APIServer.Authn}); err != nil {
+		return err
+	}
+	if _, err := auth.NewProxyChecker(auth.ProxyCheckerConfig{Proxies: c.DPServer.Authn}); err != nil {
+		return err
+	}
 	_, err := serverTLS(c.General, &tls.Config{})
 	return err
 }
