@@ -5,12 +5,20 @@ package e2e
 import (
 	"bufio"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
+	"math/big"
 	"net"
 	"net/http"
+	"net/url"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -19,6 +27,8 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
+
+	"kuma/test/lab"
 )
 
 // site is a workload that speaks HTTP/1.1, and HTTP/2 without TLS.
@@ -141,7 +151,11 @@ func client(two bool) *http.Client {
 
 // fetch makes a request to a port of this host.
 func (r *room) fetch(c *http.Client, port int, path string, header ...string) (answer, error) {
-	req, err := http.NewRequestWithContext(r.ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d%s", port, path), nil)
+	return r.fetchURL(c, fmt.Sprintf("http://127.0.0.1:%d%s", port, path), header...)
+}
+
+func (r *room) fetchURL(c *http.Client, url string, header ...string) (answer, error) {
+	req, err := http.NewRequestWithContext(r.ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return answer{}, err
 	}
@@ -239,4 +253,41 @@ func (l *line) closed(within time.Duration) error {
 		return fmt.Errorf("it is still open: %w", err)
 	}
 	return nil
+}
+
+// member makes a certificate of the mesh's authority, for a client that is no
+// proxy of ours: it knows the authority's key, as only an admin can.
+func (r *room) member(cp *lab.ControlPlane, uris ...string) tls.Certificate {
+	r.Helper()
+	secret := func(what string) []byte {
+		var s struct{ Data []byte }
+		r.must(lab.GetJSON(cp.URL()+"/meshes/default/secrets/default.ca-builtin-"+what+"-ca-1", &s))
+		b, _ := pem.Decode(s.Data)
+		if b == nil {
+			r.Fatalf("the authority's %s is no PEM", what)
+		}
+		return b.Bytes
+	}
+	ca, err := x509.ParseCertificate(secret("cert"))
+	r.must(err)
+	der := secret("key")
+	caKey, err := x509.ParsePKCS8PrivateKey(der)
+	if err != nil {
+		caKey, err = x509.ParseECPrivateKey(der)
+	}
+	r.must(err)
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	r.must(err)
+	t := &x509.Certificate{
+		SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour),
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	}
+	for _, u := range uris {
+		id, err := url.Parse(u)
+		r.must(err)
+		t.URIs = append(t.URIs, id)
+	}
+	leaf, err := x509.CreateCertificate(rand.Reader, t, ca, &key.PublicKey, caKey)
+	r.must(err)
+	return tls.Certificate{Certificate: [][]byte{leaf}, PrivateKey: key}
 }

@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"crypto/tls"
 	"fmt"
 	"net/http"
 	"net/http/httptrace"
@@ -278,6 +279,18 @@ func TestForgedClientCert(t *testing.T) {
 			}
 			if uris := regexp.MustCompile(`URI=([^;]*)`).FindAllString(a.told.Caller, -1); mode != "" && (len(uris) < 2 || uris[0] != "URI=spiffe://default/web") {
 				t.Errorf("the caller's SPIFFE id does not come first: %q", a.told.Caller)
+			}
+			if mode != "" {
+				// A member of the mesh that is no proxy of ours, and lies.
+				c := client(false)
+				c.Transport.(*http.Transport).TLSClientConfig = &tls.Config{
+					Certificates: []tls.Certificate{r.member(cp, "spiffe://default/web")}, InsecureSkipVerify: true, NextProtos: []string{"kuma"},
+				}
+				a, err := r.fetchURL(c, fmt.Sprintf("https://127.0.0.1:%d/", inbound), header, forged)
+				if err != nil || a.status != http.StatusOK || strings.Contains(a.told.Caller, "admin") || !strings.Contains(a.told.Caller, "URI=spiffe://default/web") {
+					t.Errorf("a member that lies: %d %q %v", a.status, a.told.Caller, err)
+				}
+				c.CloseIdleConnections()
 			}
 			if mode == "STRICT" {
 				return
