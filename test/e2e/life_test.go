@@ -22,6 +22,11 @@ func (r *room) temp() string {
 	r.Helper()
 	dir := filepath.Join(r.Dir, "t")
 	r.must(os.MkdirAll(dir, 0o700))
+	r.Cleanup(func() {
+		for _, pid := range envoys(dir) { // those of a kuma-dp that failed its test
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+	})
 	return dir
 }
 

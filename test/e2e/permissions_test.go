@@ -236,8 +236,10 @@ func TestTCPPermission(t *testing.T) {
 	l := r.dials(web.port)
 	refused(other.port)
 
-	// A policy for others, and another name for the same inbound's: neither
-	// changes who may call.
+	// A policy for others, and a Mesh that says the same: neither changes who may
+	// call.
+	updates := func() int { return r.stat(cp, "backend", `listener_manager\.listener_in_place_updated`) }
+	before := updates()
 	r.apply(cp, permit("elsewhere", "Exact, value: spiffe://default/other"))
 	r.apply(cp, mtls("STRICT", "metrics: {}\n"))
 	r.must(l.say("unrelated changes do no harm"))
@@ -245,6 +247,11 @@ func TestTCPPermission(t *testing.T) {
 	r.apply(cp, permit("backend", "Exact, value: spiffe://default/other"))
 	next := r.dials(other.port)
 	refused(web.port)
+	// A chain that is replaced closes its connections, so only a change of who
+	// may call replaces it.
+	if n := updates() - before; n != 1 {
+		t.Errorf("the inbound's chain was replaced %d times", n)
+	}
 	if err := l.closed(15 * time.Second); err != nil {
 		t.Errorf("a connection whose permission went: %v", err)
 	}

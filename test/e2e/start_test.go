@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"bytes"
 	"fmt"
 	"net"
 	"net/http"
@@ -254,4 +255,28 @@ func TestSecondControlPlaneOnOneStore(t *testing.T) {
 	}
 	t.Log(strings.TrimSpace(p.Log()))
 	r.must(cp.Apply(permitAll))
+}
+
+// TestDamagedStore: a store file that is damaged is named, and left as it is.
+func TestDamagedStore(t *testing.T) {
+	r := open(t)
+	cp := r.controlPlane()
+	cp.Kill()
+	file := filepath.Join(cp.WorkDir, "kuma.db")
+	info, err := os.Stat(file)
+	r.must(err)
+	damaged := bytes.Repeat([]byte("rubbish "), int(info.Size())/8)
+	r.must(os.WriteFile(file, damaged, 0o600))
+	if err := cp.Start(r.ctx); err == nil {
+		t.Fatal("it serves")
+	}
+	log := strings.TrimSpace(cp.Log())
+	last := log[strings.LastIndexByte(log, '\n')+1:]
+	if cp.ExitCode() != 1 || !strings.HasPrefix(last, "Error: ") || !strings.Contains(last, file) {
+		t.Errorf("exit code %d: %s", cp.ExitCode(), last)
+	}
+	t.Log(last)
+	if b, err := os.ReadFile(file); err != nil || !bytes.Equal(b, damaged) {
+		t.Errorf("the file was changed: %v", err)
+	}
 }
