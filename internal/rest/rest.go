@@ -248,6 +248,9 @@ func (s *Server) mount() {
 		if byPath[r.path] == nil {
 			byPath[r.path] = map[string]*route{}
 		}
+		if byPath[r.path][r.method] != nil {
+			panic("route declared twice: " + r.method + " " + r.path)
+		}
 		byPath[r.path][r.method] = r
 	}
 	for p, methods := range byPath {

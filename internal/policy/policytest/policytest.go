@@ -91,6 +91,16 @@ func (c *testCase) file(name string) *txtar.File {
 	return nil
 }
 
+// need is a file without which the case says nothing.
+func (c *testCase) need(name string) *txtar.File {
+	c.t.Helper()
+	f := c.file(name)
+	if f == nil {
+		c.t.Fatalf("the case has no part \"-- %s --\"", name)
+	}
+	return f
+}
+
 // want compares, or rewrites.
 func (c *testCase) want(f *txtar.File, got string) {
 	c.t.Helper()
@@ -120,10 +130,10 @@ func (c *testCase) run() {
 		for _, f := range errs.FieldsOf(err) {
 			fmt.Fprintf(&got, "%s: %s\n", f.Path, f.Message)
 		}
-		c.want(c.file("want.txt"), got.String())
+		c.want(c.need("want.txt"), got.String())
 		return
 	}
-	rs, err := Read(string(c.file("in.yaml").Data), kinds...)
+	rs, err := Read(string(c.need("in.yaml").Data), kinds...)
 	if err != nil {
 		c.t.Fatal(err)
 	}
@@ -158,8 +168,8 @@ func (c *testCase) run() {
 	if f := c.file("calls.txt"); f != nil {
 		var got strings.Builder
 		for line := range strings.Lines(string(f.Data)) {
-			call, _, _ := strings.Cut(strings.TrimSpace(line), " -> ")
-			if call == "" || strings.HasPrefix(call, "#") {
+			call, _, _ := strings.Cut(strings.TrimSpace(line), "->")
+			if call = strings.TrimSpace(call); call == "" || strings.HasPrefix(call, "#") {
 				got.WriteString(line)
 				continue
 			}
