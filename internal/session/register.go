@@ -42,7 +42,7 @@ func authFailed(err error) error {
 // register makes sure that the proxy's Dataplane is there, is covered by the
 // credential, and shows in the picture.
 func (st *Stream) register(ctx context.Context) error {
-	r, s, node := st.reg, st.session, st.Node
+	s := st.session
 	select {
 	case s.turn <- struct{}{}:
 		defer func() { <-s.turn }()
@@ -51,33 +51,48 @@ func (st *Stream) register(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+	for attempt := 1; ; attempt++ {
+		version, err := st.write(ctx)
+		if errs.Is(err, errs.Conflict) && attempt < 5 {
+			continue // another wrote meanwhile: what it wrote must be covered, too
+		}
+		if err != nil || version == 0 {
+			return err
+		}
+		return st.reg.cfg.Tracker.Await(ctx, version)
+	}
+}
+
+// write is one attempt to register. It returns the version of the Dataplane
+// that is there then, or 0 where the picture need not be waited for. It is a
+// Conflict where another has written the Dataplane meanwhile.
+func (st *Stream) write(ctx context.Context) (version uint64, err error) {
+	r, node := st.reg, st.Node
 	old, err := r.cfg.Store.Get(ctx, node.resource())
 	if err != nil && !errs.Is(err, errs.NotFound) {
-		return err
+		return 0, err
 	}
+	at := store.Condition{Absent: true}
 	if err != nil {
 		old = nil
-	}
-	if old != nil {
+	} else {
+		version, at = old.Version, store.Condition{Version: old.Version}
 		if err := st.Covers(mesh.Dataplanes.From(old)); err != nil {
-			return err
+			return 0, err
 		}
 	}
 	if node.Link && st.Kind != Link {
 		// The Dataplane comes over the link; until then ADS and HDS wait.
-		if old == nil {
-			return nil
-		}
-		return r.cfg.Tracker.Await(ctx, old.Version)
+		return version, nil
 	}
 	if st.Leaving() {
-		return nil // it was withdrawn, and comes back only to end
+		return 0, nil // it was withdrawn, and comes back only to end
 	}
 	var wanted *resource.Resource
 	switch {
 	case node.Dataplane != "":
 		if wanted, err = st.brought(old); err != nil {
-			return err
+			return 0, err
 		}
 		if st.starts(old) {
 			if d := departed(wanted); d != nil {
@@ -85,36 +100,31 @@ func (st *Stream) register(ctx context.Context) error {
 			}
 		}
 	case old == nil:
-		return errs.New(errs.NotFound, "resource %q not found; create a Dataplane in Kuma CP first or pass it as an argument to kuma-dp", node.Key)
+		return 0, errs.New(errs.NotFound, "resource %q not found; create a Dataplane in Kuma CP first or pass it as an argument to kuma-dp", node.Key)
 	case !st.starts(old):
 		wanted = returned(old)
 	case old.Labels[labelLeft] == "":
 		wanted = departed(old)
 	}
-	version := uint64(0)
+	if wanted == nil {
+		return version, nil
+	}
+	change := admit.Change{Resource: wanted, If: at, Measured: node.Dataplane == ""}
 	if old != nil {
-		version = old.Version
-	}
-	if wanted != nil {
-		change := admit.Change{Resource: wanted, Measured: node.Dataplane == ""}
-		unchanged := false
-		if old != nil {
-			tried, err := r.cfg.Gate.Try(ctx, auth.ControlPlane(), change)
-			if err != nil {
-				return err
-			}
-			unchanged = same(old, tried[0].Resource)
+		tried, err := r.cfg.Gate.Try(ctx, auth.ControlPlane(), change)
+		if err != nil {
+			return 0, err
 		}
-		if !unchanged {
-			put, err := r.cfg.Gate.Put(ctx, auth.ControlPlane(), change)
-			if err != nil {
-				return err
-			}
-			version = put[0].Resource.Version
-			r.cfg.Log.Info("a proxy has registered its Dataplane", "mesh", node.Mesh, "name", node.Name, "stream", st.Kind.String())
+		if same(old, tried[0].Resource) {
+			return version, nil
 		}
 	}
-	return r.cfg.Tracker.Await(ctx, version)
+	put, err := r.cfg.Gate.Put(ctx, auth.ControlPlane(), change)
+	if err != nil {
+		return 0, err
+	}
+	r.cfg.Log.Info("a proxy has registered its Dataplane", "mesh", node.Mesh, "name", node.Name, "stream", st.Kind.String())
+	return put[0].Resource.Version, nil
 }
 
 // brought reads the Dataplane that the proxy brings, as it should be stored.
