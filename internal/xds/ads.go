@@ -149,8 +149,11 @@ func (a *adsStream) run(first *discoveryv3.DeltaDiscoveryRequest, requests <-cha
 			if err := a.look(); err != nil {
 				return err
 			}
-			if err := a.push(); err != nil {
-				return err
+			// A picture that does not concern this proxy gives nothing to send.
+			if !a.made {
+				if err := a.push(); err != nil {
+					return err
+				}
 			}
 			a.session.Handled(a.picture.Revision)
 		case c := <-a.certs.results:
