@@ -7,6 +7,7 @@ package admit
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -62,6 +63,10 @@ func New(c Config) *Gate {
 	}
 	return &Gate{cfg: c}
 }
+
+// ErrNoMesh is in the chain of the error for a resource whose mesh does not
+// exist, and in which everything that can be checked without it is sound.
+var ErrNoMesh = errors.New("the mesh does not exist")
 
 // Change is one resource to be created or changed.
 type Change struct {
@@ -260,7 +265,7 @@ func (g *Gate) refer(ctx context.Context, r, old *resource.Resource, batch map[r
 			}
 		}
 		if m == nil {
-			return nil, errs.Fields(errs.Field{Path: "mesh", Message: fmt.Sprintf("mesh %q does not exist", r.Mesh)})
+			return nil, &errs.Error{Kind: errs.Invalid, Cause: ErrNoMesh, Fields: []errs.Field{{Path: "mesh", Message: fmt.Sprintf("mesh %q does not exist", r.Mesh)}}}
 		}
 		if r.Kind.Name == mesh.Dataplanes.Name {
 			if reason, ok := mesh.Meshes.From(m).Spec.Admitted(r.Mesh, r.Spec.(*mesh.DataplaneSpec)); !ok {

@@ -2,6 +2,7 @@ package admit_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"sync"
@@ -309,6 +310,20 @@ func TestAllOrNothing(t *testing.T) {
 }
 
 // TestPermission: nothing passes for who may not (HRD-03, behind the API).
+// That a mesh is missing is said last, so that a caller who is about to make it
+// knows that all else is sound.
+func TestMissingMesh(t *testing.T) {
+	g, _ := newGate(t)
+	_, err := g.Try(t.Context(), auth.Admin(), admit.Change{Resource: newDataplane("web")})
+	if !errors.Is(err, admit.ErrNoMesh) || fields(err) != `mesh: mesh "m" does not exist` {
+		t.Errorf("sound, without its mesh: %v", err)
+	}
+	_, err = g.Try(t.Context(), auth.Admin(), admit.Change{Resource: newDataplane("web", func(d *mesh.DataplaneSpec) { d.Networking.Inbound[0].Port = 0 })})
+	if err == nil || errors.Is(err, admit.ErrNoMesh) {
+		t.Errorf("not sound: %v", err)
+	}
+}
+
 func TestPermission(t *testing.T) {
 	g, s := newGate(t)
 	mustPut(t, g, newMesh("m"))

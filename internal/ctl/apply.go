@@ -245,9 +245,9 @@ func (a *app) printManifests(list []manifest) error {
 	return nil
 }
 
-// try lets the control plane check every resource without writing any. What
-// belongs to a mesh that this same apply makes can't be tried: its mesh is not
-// there yet.
+// try lets the control plane check every resource without writing any. Of a
+// resource that is sound but for its mesh, which is not there, it says just
+// that; if an earlier document makes the mesh, nothing is wrong.
 func (c *client) try(ctx context.Context, list []manifest) error {
 	made := map[string]bool{}
 	failed := 0
@@ -260,7 +260,7 @@ func (c *client) try(ctx context.Context, list []manifest) error {
 			return fmt.Errorf("%s: %w", m, err)
 		}
 		_, _, err = c.do(ctx, http.MethodPut, m.kind.path(m.mesh, m.name), url.Values{"dry-run": {"true"}}, body)
-		if p := notFound(err); p != nil && p.routed() && made[m.mesh] {
+		if p := notFound(err); p != nil && p.noMesh() && made[m.mesh] {
 			continue
 		}
 		if err == nil {

@@ -112,6 +112,18 @@ func TestApplyTriesWhatItCan(t *testing.T) {
 	m := newMachine(t).using(s.URL)
 	good := "type: Mesh\nname: m1\n---\n{type: Secret, mesh: m1, name: a, data: YWJj}\n"
 	m.run("apply", "-f", m.file("a.yaml", good)).want(t, 0, "…Secret\" mesh=\"m1\" name=\"a\" Created", "")
+	// What the control plane refuses for another reason is refused, be the mesh new or not.
+	bad := stdError(400, "Could not process a resource", "Resource is not valid", "data", "cannot be empty")
+	gone := stdError(404, "Could not retrieve a resource", "Not found")
+	for _, a := range []answer{bad, gone} {
+		s := newServer(t, map[string]answer{
+			"GET /": {200, dryRunIndex()}, "PUT /meshes/m1?dry-run=true": {201, `{}`}, "PUT /meshes/m1/secrets/a?dry-run=true": a,
+		})
+		m.using(s.URL).run("apply", "-f", m.file("a.yaml", good)).want(t, 1, "", "…resource[1]: a.yaml line 4:…(1 of 2); nothing was changed")
+	}
+	m.using(s.URL)
+	// The mesh has to be made first, as the documents are written in order.
+	m.run("apply", "-f", m.file("b.yaml", "{type: Secret, mesh: m1, name: a, data: YWJj}\n---\ntype: Mesh\nname: m1\n")).want(t, 1, "", "…resource[0]: b.yaml line 1:…Failed to retrieve Mesh (Not found)…nothing was changed")
 	m.run("apply", "-f", m.file("a.yaml", good+"---\n{type: Secret, mesh: other, name: b}")).want(t, 1, "", "…resource[2]: a.yaml line 6:…Failed to retrieve Mesh (Not found)…(1 of 3); nothing was changed")
 }
 

@@ -77,6 +77,10 @@ func (p *problem) mend() string {
 // router saying that there is no such path.
 func (p *problem) routed() bool { return p.Title != "" }
 
+// noMesh reports whether the control plane has no mesh of the name in the
+// path; the title is the contract's.
+func (p *problem) noMesh() bool { return p.Title == "Failed to retrieve Mesh" }
+
 // notFound returns the problem if the error is an answer with status 404.
 func notFound(err error) *problem {
 	if p, ok := errors.AsType[*problem](err); ok && p.Status == http.StatusNotFound {

@@ -2,6 +2,7 @@ package rest
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -121,8 +122,16 @@ func (s *Server) put(k *resource.Kind) handler {
 		if err := s.cfg.Gate.Writable(r.caller, k); err != nil {
 			return err
 		}
-		if err := s.inMesh(r); err != nil {
-			return err
+		dry, err := dryRun(r)
+		if err != nil {
+			return during(titleProcess, err)
+		}
+		// Who tries a resource may be about to make its mesh: then that the
+		// mesh is missing is said last, when all else is known to be sound.
+		if !dry {
+			if err := s.inMesh(r); err != nil {
+				return err
+			}
 		}
 		cond, err := condition(r)
 		if err != nil {
@@ -143,14 +152,15 @@ func (s *Server) put(k *resource.Kind) handler {
 			return during(titleProcess, err)
 		}
 		write := s.cfg.Gate.Put
-		dry, err := dryRun(r)
-		if err != nil {
-			return during(titleProcess, err)
-		}
 		if dry {
 			write = s.cfg.Gate.Try
 		}
 		results, err := write(r.Context(), r.caller, admit.Change{Resource: res, At: key(k, r), If: cond})
+		if errors.Is(err, admit.ErrNoMesh) && dry {
+			if missing := s.inMesh(r); missing != nil {
+				return missing
+			}
+		}
 		if err != nil {
 			return during(titleProcess, err)
 		}

@@ -395,6 +395,29 @@ func TestDryRun(t *testing.T) {
 	}
 	a.want(a.put("/zones/z?dry-run=true", `{"type":"Zone","name":"z"}`), 201, "{}\n")
 	a.want(a.put("/zones/z?dry-run=true", `{"type":"Zone","name":"y"}`), 400)
+	// Without its mesh, a resource is checked all the same; a real write says
+	// at once that there is no such mesh.
+	const noMesh = "{\n \"type\": \"/std-errors\",\n \"status\": 404,\n \"title\": \"Failed to retrieve Mesh\",\n \"detail\": \"Not found\",\n \"details\": \"Not found\"\n}\n"
+	a.want(a.put("/meshes/none/dataplanes/d", `{"type":"Dataplane","mesh":"none","name":"d"}`), 404, noMesh)
+	a.want(a.put("/meshes/none/dataplanes/d?dry-run=false", `{"type":"Dataplane","mesh":"none","name":"d"}`), 404, noMesh)
+	const sound = `"networking":{"address":"192.0.2.1","inbound":[{"port":80,"tags":{"kuma.io/service":"a"}}]}`
+	for _, c := range []struct{ name, body, want string }{
+		{"spec", `{"type":"Dataplane","mesh":"none","name":"d"}`, `"field": "networking"`},
+		{"unknown field", `{"type":"Dataplane","mesh":"none","name":"d","netwrking":{}}`, `"field": "netwrking"`},
+		{"type", `{"type":"Secret","mesh":"none","name":"d"}`, `"field": "type"`},
+		{"name", `{"type":"Dataplane","mesh":"none","name":"e",` + sound + `}`, `"field": "name"`},
+		{"mesh", `{"type":"Dataplane","mesh":"other","name":"d",` + sound + `}`, `"field": "mesh"`},
+		{"label", `{"type":"Dataplane","mesh":"none","name":"d","labels":{"kuma.io/zone":"moon"},` + sound + `}`, `kuma.io/zone`},
+		{"JSON", `{`, `"title": "Bad Request"`},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			w := a.put("/meshes/none/dataplanes/d?dry-run=true", c.body)
+			if w.Code != 400 || !strings.Contains(w.Body.String(), c.want) {
+				t.Errorf("%d %s, want 400 and %s", w.Code, w.Body, c.want)
+			}
+		})
+	}
+	a.want(a.put("/meshes/none/dataplanes/d?dry-run=true", `{"type":"Dataplane","mesh":"none","name":"d",`+sound+`}`), 404, noMesh)
 	if _, after, _ := a.store.List(t.Context(), "", ""); after != before {
 		t.Errorf("a dry run wrote: revision %d, was %d", after, before)
 	}
