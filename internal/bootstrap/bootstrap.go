@@ -28,13 +28,20 @@ import (
 // MaxRequest is the largest request that is read, in bytes.
 const MaxRequest = 2 << 20
 
-// Credentials checks a proxy's token against what the proxy wants to be.
+// Credentials verifies proxies' tokens.
 type Credentials interface {
 	// Required tells whether proxies must present a token at all.
 	Required() bool
-	// Check returns an error of kind Unauthenticated or Denied that says why the
-	// token does not cover the Dataplane.
-	Check(ctx context.Context, token string, dp mesh.Dataplane) error
+	// Verify checks a token for the proxy of this mesh and name, whatever else
+	// the proxy says of itself. Errors are Unauthenticated or Denied and say why.
+	Verify(ctx context.Context, token, mesh, name string) (Credential, error)
+}
+
+// Credential is a token that was verified.
+type Credential interface {
+	// Covers is an error of kind Denied where the token's holder may not be this
+	// Dataplane.
+	Covers(dp mesh.Dataplane) error
 }
 
 // Config is what a Server needs.
@@ -135,6 +142,17 @@ func (s *Server) answer(ctx context.Context, host string, body []byte) (*Respons
 	if s.cfg.Credentials.Required() && req.DataplaneToken == "" {
 		return nil, refuse(http.StatusUnprocessableEntity, "Dataplane Token is required. Generate token using 'kumactl generate dataplane-token > /path/file' and provide it via --dataplane-token-file=/path/file argument to Kuma DP")
 	}
+	if req.Mesh == "" || req.Name == "" {
+		return nil, refuse(http.StatusUnprocessableEntity, "mesh and name of the Dataplane must be given")
+	}
+	// Who has no token for this name learns nothing of what there is.
+	var credential Credential
+	if s.cfg.Credentials.Required() {
+		var err error
+		if credential, err = s.cfg.Credentials.Verify(ctx, req.DataplaneToken, req.Mesh, req.Name); err != nil {
+			return nil, refused(err)
+		}
+	}
 	host = hostOnly(host)
 	if s.cfg.XDSHost != "" {
 		host = s.cfg.XDSHost
@@ -147,16 +165,9 @@ func (s *Server) answer(ctx context.Context, host string, body []byte) (*Respons
 	if err != nil {
 		return nil, err
 	}
-	if s.cfg.Credentials.Required() {
-		if err := s.cfg.Credentials.Check(ctx, req.DataplaneToken, dp); err != nil {
-			switch errs.KindOf(err) {
-			case errs.Unauthenticated:
-				return nil, refuse(http.StatusUnauthorized, "%v", err)
-			case errs.Denied:
-				return nil, refuse(http.StatusForbidden, "%v", err)
-			default:
-				return nil, err
-			}
+	if credential != nil {
+		if err := credential.Covers(dp); err != nil {
+			return nil, refused(err)
 		}
 	}
 	port := s.cfg.XDSPort
@@ -172,6 +183,17 @@ func (s *Server) answer(ctx context.Context, host string, body []byte) (*Respons
 		res.Configuration.Networking.Address = n.Address
 	}
 	return res, nil
+}
+
+// refused is the answer to a token that does not do.
+func refused(err error) error {
+	switch errs.KindOf(err) {
+	case errs.Unauthenticated:
+		return refuse(http.StatusUnauthorized, "%v", err)
+	case errs.Denied:
+		return refuse(http.StatusForbidden, "%v", err)
+	}
+	return err
 }
 
 // hostOnly drops the port of a Host header.
@@ -236,9 +258,6 @@ func covers(name, host string) bool {
 // with its document as JSON, or the one that was created beforehand.
 func (s *Server) dataplane(ctx context.Context, req *Request) (mesh.Dataplane, string, error) {
 	none := mesh.Dataplane{}
-	if req.Mesh == "" || req.Name == "" {
-		return none, "", refuse(http.StatusUnprocessableEntity, "mesh and name of the Dataplane must be given")
-	}
 	if req.DataplaneResource == "" {
 		r, err := s.cfg.Store.Get(ctx, mesh.Dataplanes.Key(req.Mesh, req.Name))
 		if errs.Is(err, errs.NotFound) {

@@ -25,17 +25,29 @@ import (
 	"kuma/internal/store/memstore"
 )
 
-// credentials take one token for one name.
+// credentials take the token of a name, which is for that name alone, and for
+// no service named "foreign".
 type credentials struct{ off bool }
 
 func (c credentials) Required() bool { return !c.off }
 
-func (c credentials) Check(_ context.Context, token string, d mesh.Dataplane) error {
+func (c credentials) Verify(_ context.Context, token, _, name string) (bootstrap.Credential, error) {
 	switch {
 	case token == "garbled":
-		return errs.New(errs.Unauthenticated, "not a token")
-	case token != "token-of-"+d.Name:
-		return errs.New(errs.Denied, "proxy name from requestor: %s is different than in token: other", d.Name)
+		return nil, errs.New(errs.Unauthenticated, "not a token")
+	case token != "token-of-"+name:
+		return nil, errs.New(errs.Denied, "proxy name from requestor: %s is different than in token: other", name)
+	}
+	return credential{}, nil
+}
+
+type credential struct{}
+
+func (credential) Covers(d mesh.Dataplane) error {
+	for _, service := range d.Spec.Tags()[mesh.TagService] {
+		if service == "foreign" {
+			return errs.New(errs.Denied, "the service %s is not in the token", service)
+		}
 	}
 	return nil
 }
@@ -234,11 +246,15 @@ func TestRefusals(t *testing.T) {
 		{"no token", "localhost", request(func(r *bootstrap.Request) { r.DataplaneToken = "" }), 422, "Dataplane Token is required. Generate token using 'kumactl generate dataplane-token"},
 		{"garbled token", "localhost", request(func(r *bootstrap.Request) { r.DataplaneToken = "garbled" }), 401, "not a token"},
 		{"token of another", "localhost", request(func(r *bootstrap.Request) { r.DataplaneToken = "token-of-other" }), 403, "different than in token"},
+		{"token of another service", "localhost", request(func(r *bootstrap.Request) {
+			r.DataplaneResource = strings.Replace(dataplane, "service: web", "service: foreign", 1)
+		}), 403, "the service foreign is not in the token"},
+		{"no name", "localhost", request(func(r *bootstrap.Request) { r.Name = "" }), 422, "mesh and name of the Dataplane must be given"},
 		{"unknown mesh", "localhost", request(func(r *bootstrap.Request) {
 			r.Mesh, r.DataplaneResource = "nomesh", strings.Replace(dataplane, "mesh: default", "mesh: nomesh", 1)
 		}), 422, `mesh: mesh "nomesh" does not exist`},
 		{"unknown Dataplane", "localhost", request(func(r *bootstrap.Request) { r.DataplaneResource = "" }), 404, ""},
-		{"another name", "localhost", request(func(r *bootstrap.Request) { r.Name = "web-2" }), 422, `the Dataplane is "web-1"`},
+		{"another name", "localhost", request(func(r *bootstrap.Request) { r.Name, r.DataplaneToken = "web-2", "token-of-web-2" }), 422, `the Dataplane is "web-1"`},
 		{"bad port", "localhost", request(func(r *bootstrap.Request) { r.DataplaneResource = strings.Replace(dataplane, "8080", "0", 1) }), 422, "networking.inbound[0].port: port must be in the range [1, 65535]"},
 		{"unknown field", "localhost", request(func(r *bootstrap.Request) {
 			r.DataplaneResource = strings.Replace(dataplane, "servicePort", "servicePrt", 1)
@@ -270,6 +286,38 @@ func TestRefusals(t *testing.T) {
 	server(t, nil).ServeHTTP(g, httptest.NewRequest(http.MethodGet, "/bootstrap", nil))
 	if g.Code != http.StatusMethodNotAllowed {
 		t.Errorf("GET: %d", g.Code)
+	}
+}
+
+// Who has no token for a name gets the same answer whatever there is: nothing is
+// looked up or read for strangers.
+func TestStrangersLearnNothing(t *testing.T) {
+	for _, token := range []struct {
+		value  string
+		status int
+	}{{"garbled", http.StatusUnauthorized}, {"token-of-stranger", http.StatusForbidden}} {
+		for _, c := range []struct {
+			name   string
+			change func(*bootstrap.Request)
+		}{
+			{"a Dataplane that is there", func(r *bootstrap.Request) { r.Name, r.DataplaneResource = "made-before", "" }},
+			{"a Dataplane that is not there", func(r *bootstrap.Request) { r.DataplaneResource = "" }},
+			{"a mesh that is not there", func(r *bootstrap.Request) { r.Mesh = "nomesh" }},
+			{"a mesh that does not admit it", func(r *bootstrap.Request) {
+				r.Mesh, r.DataplaneResource = "picky", strings.Replace(dataplane, "mesh: default", "mesh: picky", 1)
+			}},
+			{"a Dataplane that can't be read", func(r *bootstrap.Request) { r.DataplaneResource = "a: [" }},
+			{"a Dataplane that is not valid", func(r *bootstrap.Request) { r.DataplaneResource = strings.Replace(dataplane, "8080", "0", 1) }},
+			{"a CA that is none", func(r *bootstrap.Request) { r.CACert = "hello" }},
+		} {
+			w := ask(server(t, nil), "localhost", request(func(r *bootstrap.Request) {
+				c.change(r)
+				r.DataplaneToken = token.value
+			}))
+			if w.Code != token.status {
+				t.Errorf("%s, with the token %s: %d %s, want %d", c.name, token.value, w.Code, w.Body, token.status)
+			}
+		}
 	}
 }
 

@@ -495,10 +495,10 @@ type bootstrapCredentials struct{ checker *auth.ProxyChecker }
 
 func (b bootstrapCredentials) Required() bool { return !b.checker.Off() }
 
-func (b bootstrapCredentials) Check(ctx context.Context, token string, d mesh.Dataplane) error {
-	p, err := b.checker.Verify(ctx, d.Mesh, d.Name, strings.TrimSpace(token))
+func (b bootstrapCredentials) Verify(ctx context.Context, token, meshName, name string) (bootstrap.Credential, error) {
+	p, err := b.checker.Verify(ctx, meshName, name, strings.TrimSpace(token))
 	if err != nil {
-		return err
+		return nil, err
 	}
-	return p.Covers(d)
+	return p, nil
 }

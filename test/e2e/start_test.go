@@ -56,7 +56,7 @@ func TestRefusals(t *testing.T) {
 		{"garbled token", lab.ProxyOptions{Token: "rubbish"}, "", []string{"not valid JWT token. Can't parse it.", "token contains an invalid number of segments"}},
 		{"empty token", lab.ProxyOptions{Token: "\n"}, "", []string{"token"}},
 		{"missing token", lab.ProxyOptions{Args: []string{"--dataplane-token-file", filepath.Join(r.Dir, "none")}}, "", []string{"dataplane token is invalid", "could not read file", "none"}},
-		{"unknown mesh", lab.ProxyOptions{}, "mesh: nomesh", []string{`mesh: mesh "nomesh" does not exist`}},
+		{"unknown mesh", lab.ProxyOptions{}, "mesh: nomesh", []string{"authentication failed", `in mesh "nomesh" is not found`}},
 		{"another control plane's CA", lab.ProxyOptions{Args: []string{"--ca-cert-file", stranger.CA}}, "", []string{"failed to verify certificate", "--ca-cert-file"}},
 		{"no CA", lab.ProxyOptions{Args: []string{"--ca-cert-file", ""}}, "", []string{"failed to verify certificate", "--ca-cert-file"}},
 		{"missing CA file", lab.ProxyOptions{Args: []string{"--ca-cert-file", "/nonexistent/ca.crt"}}, "", []string{"could not read certificate file /nonexistent/ca.crt"}},
