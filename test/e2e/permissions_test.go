@@ -100,7 +100,8 @@ func TestRefusalsAreNotMultiplied(t *testing.T) {
 		r.join(cp, "web", r.caller("web", to)),
 	)
 	r.answers(to.port, http.StatusForbidden)
-	denied := func() int { return r.stat(cp, "backend", fmt.Sprintf(`http\.localhost_%d\.rbac\.denied`, site.port)) }
+	// Older Envoys (1.36) count under the name of the filter, not of the listener.
+	denied := func() int { return r.stat(cp, "backend", `\S+\.rbac\.denied`) }
 	before := denied()
 	_, err := r.get(to.port, "/")
 	r.must(err)
