@@ -492,7 +492,7 @@ func checkOutbound(at string, o *Outbound) (bad []errs.Field) {
 	case o.BackendRef != nil:
 		r := o.BackendRef
 		if r.Kind != "MeshService" {
-			add(".backendRef.kind", "invalid value. Available values are: MeshService")
+			add(".backendRef.kind", "%s", refusedKind(r.Kind))
 		}
 		if (r.Name == "") == (len(r.Labels) == 0) {
 			add(".backendRef", "exactly one of name and labels must be defined")
@@ -504,6 +504,14 @@ func checkOutbound(at string, o *Outbound) (bad []errs.Field) {
 		add(".tags", "mandatory tag %q is missing", TagService)
 	}
 	return append(bad, checkTags(at+".tags", o.Tags, false)...)
+}
+
+// refusedKind says that an outbound can't lead to a kind.
+func refusedKind(kind string) string {
+	if kind == "" {
+		return "cannot be empty. Available values are: MeshService"
+	}
+	return fmt.Sprintf("invalid value %q. Available values are: MeshService", kind)
 }
 
 // Admitted reports whether the mesh's constraints let the Dataplane in; if not,
