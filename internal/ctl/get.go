@@ -120,7 +120,7 @@ func (a *app) getList(ctx context.Context, word, meshName, output string, query 
 	_, body, err := c.do(ctx, http.MethodGet, k.path(meshName, ""), query, nil)
 	if err != nil {
 		if p := notFound(err); p != nil && p.routed() {
-			return errs.New(errs.NotFound, "No resources found in %s mesh: there is no such mesh (kumactl get meshes lists them)", meshName)
+			return errs.New(errs.NotFound, "No resources found in %s mesh\n  there is no such mesh (kumactl get meshes lists them)", meshName)
 		}
 		return c.explain(err, k)
 	}
@@ -155,9 +155,10 @@ func (a *app) getOne(ctx context.Context, word, name, meshName, output string) e
 	if err != nil {
 		if p := notFound(err); p != nil && p.routed() {
 			if !k.meshed() {
-				return errs.New(errs.NotFound, "there is no %s with name %q", k.Name, name)
+				return errs.New(errs.NotFound, "No resources found\n  there is no %s with name %q", k.Name, name)
 			}
-			return errs.New(errs.NotFound, "No resources found in %s mesh: there is no %s with name %q", meshName, k.Name, name)
+			// The first line is the contract's; programs compare it.
+			return errs.New(errs.NotFound, "No resources found in %s mesh\n  there is no %s with name %q", meshName, k.Name, name)
 		}
 		return c.explain(err, k)
 	}
