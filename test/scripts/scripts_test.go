@@ -29,6 +29,8 @@
 //	                       WHAT "error" is how the stream ended
 //	until REGEXP METHOD URL
 //	                       until the answer (status and body) matches
+//	manual FILE            run the commands that a manual shows ($DOCS is the
+//	                       folder of manuals), and compare what they print
 package scripts_test
 
 import (
@@ -85,12 +87,18 @@ func TestStories(t *testing.T) {
 			s := &story{env: env, proxies: map[string]*cptest.ADS{}}
 			env.Values[storyKey{}] = s
 			env.Setenv("HOME", env.WorkDir)
+			docs, err := filepath.Abs("../../docs")
+			if err != nil {
+				return err
+			}
+			env.Setenv("DOCS", docs)
 			env.Defer(s.end)
 			return s.ports()
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"bearer": bearerCommand, "admin": adminCommand, "revoke": revokeCommand, "base64": base64Command, "fill": fillCommand,
 			"plane": planeCommand, "curl": curlCommand, "proxy": proxyCommand, "waitfor": waitforCommand, "until": untilCommand,
+			"manual": manualCommand,
 		},
 	})
 }
