@@ -128,6 +128,9 @@ type APIServer struct {
 	CORSAllowedDomains []string `json:"corsAllowedDomains"`
 	// BasePath is put before all paths.
 	BasePath string `json:"basePath"`
+	// MaxConnections bounds how many connections each of the two ports may have
+	// open at once (ours), half of them from one address.
+	MaxConnections int `json:"maxConnections"`
 	// Timeouts of connections.
 	ReadHeaderTimeout time.Duration `json:"readHeaderTimeout"`
 	ReadTimeout       time.Duration `json:"readTimeout"`
@@ -167,6 +170,10 @@ type DPServer struct {
 	// MaxConnections bounds how many connections may be open at once (ours); a
 	// proxy has three.
 	MaxConnections int `json:"maxConnections"`
+	// MaxConnectionsPerAddress bounds how many of them one address may have
+	// (ours), so that no stranger alone keeps the proxies out; raise it where
+	// many proxies share an address. Of IPv6, a /64 network counts as one.
+	MaxConnectionsPerAddress int `json:"maxConnectionsPerAddress"`
 	// ReadHeaderTimeout bounds how long a request's headers may take.
 	ReadHeaderTimeout time.Duration `json:"readHeaderTimeout"`
 	// GracefulShutdownTimeout bounds how long streams have to end.
@@ -198,6 +205,9 @@ type CheckDefaults struct {
 // Diagnostics is the server with health, readiness and metrics.
 type Diagnostics struct {
 	ServerPort uint32 `json:"serverPort"`
+	// Metrics serves /metrics to whoever reaches the port (ours); false answers
+	// 404.
+	Metrics bool `json:"metrics"`
 }
 
 // Multizone names this zone.
@@ -265,16 +275,17 @@ func Default() Config {
 			HTTP:   HTTP{Enabled: true, Interface: "0.0.0.0", Port: 5681},
 			HTTPS:  HTTPS{Enabled: true, Interface: "0.0.0.0", Port: 5682},
 			Authn:  auth.DefaultUsers(), CORSAllowedDomains: []string{}, BasePath: "/",
+			MaxConnections: 10_000,
 
 			ReadHeaderTimeout: time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute,
 		},
 		DPServer: DPServer{
-			Port: 5678, MaxConnections: 30_000, ReadHeaderTimeout: 5 * time.Second, GracefulShutdownTimeout: 10 * time.Second, Authn: auth.DefaultProxies(),
+			Port: 5678, MaxConnections: 30_000, MaxConnectionsPerAddress: 10_000, ReadHeaderTimeout: 5 * time.Second, GracefulShutdownTimeout: 10 * time.Second, Authn: auth.DefaultProxies(),
 			HDS: HDS{Enabled: true, Interval: 5 * time.Second, CheckDefaults: CheckDefaults{
 				Timeout: 2 * time.Second, Interval: time.Second, NoTrafficInterval: time.Second, HealthyThreshold: 1, UnhealthyThreshold: 1,
 			}},
 		},
-		Diagnostics: Diagnostics{ServerPort: 5680},
+		Diagnostics: Diagnostics{ServerPort: 5680, Metrics: true},
 		Multizone:   Multizone{Zone: ZoneConfig{Name: "default"}},
 		Metrics:     Metrics{Dataplane: DataplaneMetrics{SubscriptionLimit: 2}},
 		Access:      auth.DefaultAccess(),

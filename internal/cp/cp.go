@@ -187,7 +187,10 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	if err != nil {
 		return nil, err
 	}
-	c.proxies = newSplitter(l, dpTLS, cfg.DPServer.MaxConnections, log.With("logger", "dp-server"))
+	c.proxies = newSplitter(l, dpTLS, &limit{
+		max: cfg.DPServer.MaxConnections, setting: "KUMA_DP_SERVER_MAX_CONNECTIONS",
+		each: cfg.DPServer.MaxConnectionsPerAddress, eachSetting: "KUMA_DP_SERVER_MAX_CONNECTIONS_PER_ADDRESS", log: log.With("logger", "dp-server"),
+	})
 	boot := cfg.BootstrapServer.Params
 	mux := http.NewServeMux()
 	mux.Handle("/bootstrap", bootstrap.New(bootstrap.Config{
@@ -302,8 +305,16 @@ func (c *ControlPlane) openAPI(api *rest.Server, users *auth.Authenticator) erro
 			WriteTimeout: cfg.WriteTimeout, IdleTimeout: cfg.IdleTimeout, MaxHeaderBytes: 64 << 10, ErrorLog: quiet(c.log),
 		}
 	}
+	open := func(setting, host string, port uint32) (net.Listener, error) {
+		l, err := listen("the API server", setting, host, port)
+		if err != nil {
+			return nil, err
+		}
+		const most = "KUMA_API_SERVER_MAX_CONNECTIONS"
+		return limited{l, &limit{max: cfg.MaxConnections, each: cfg.MaxConnections / 2, setting: most, eachSetting: most, log: c.log.With("logger", "rest", "port", port)}}, nil
+	}
 	if cfg.HTTP.Enabled {
-		l, err := listen("the API server", "KUMA_API_SERVER_HTTP_PORT", cfg.HTTP.Interface, cfg.HTTP.Port)
+		l, err := open("KUMA_API_SERVER_HTTP_PORT", cfg.HTTP.Interface, cfg.HTTP.Port)
 		if err != nil {
 			return err
 		}
@@ -318,7 +329,7 @@ func (c *ControlPlane) openAPI(api *rest.Server, users *auth.Authenticator) erro
 		if err != nil {
 			return err
 		}
-		l, err := listen("the API server", "KUMA_API_SERVER_HTTPS_PORT", cfg.HTTPS.Interface, cfg.HTTPS.Port)
+		l, err := open("KUMA_API_SERVER_HTTPS_PORT", cfg.HTTPS.Interface, cfg.HTTPS.Port)
 		if err != nil {
 			return err
 		}
@@ -350,6 +361,9 @@ func (c *ControlPlane) posture() {
 	}
 	if c.cfg.APIServer.HTTP.Enabled && !loopback(c.cfg.APIServer.HTTP.Interface) {
 		c.log.Info("the API is served without TLS too, on all interfaces; KUMA_API_SERVER_HTTP_INTERFACE=127.0.0.1 or KUMA_API_SERVER_HTTP_ENABLED=false ends it", "port", c.cfg.APIServer.HTTP.Port)
+	}
+	if c.cfg.Diagnostics.Metrics {
+		c.log.Info("metrics are served without a credential, on all interfaces; KUMA_DIAGNOSTICS_METRICS=false ends it", "port", c.cfg.Diagnostics.ServerPort)
 	}
 	if c.cfg.Access.Anonymous == auth.AnonymousContract {
 		c.log.Warn("callers without a credential may read and write most resources, as the original lets them; KUMA_ACCESS_ANONYMOUS=closed ends it")
@@ -425,7 +439,7 @@ func (c *ControlPlane) Run(ctx context.Context) error {
 	}
 	diagnostics := server{&http.Server{
 		Handler: c.diagnose(), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, ErrorLog: quiet(c.log),
-	}, c.diagnostics, false}
+	}, limited{c.diagnostics, &limit{max: 1000, each: 500, setting: "none", eachSetting: "none", log: c.log.With("logger", "diagnostics")}}, false}
 	g.Go(func() error { return diagnostics.run(doors) })
 	g.Go(c.proxies.run)
 	g.Go(func() error {
@@ -483,6 +497,9 @@ func (c *ControlPlane) diagnose() http.Handler {
 			w.WriteHeader(http.StatusServiceUnavailable)
 		}
 	})
+	if !c.cfg.Diagnostics.Metrics {
+		return mux
+	}
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 		_ = writeMetrics(w, c.cfg.Multizone.Zone.Name, c.counted)

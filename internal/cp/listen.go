@@ -7,11 +7,9 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -82,19 +80,15 @@ type splitter struct {
 	net.Listener
 	tls        *tls.Config
 	grpc, http *branch
-	// max is how many connections may be open at once.
-	max  int
-	open atomic.Int64
-	log  *slog.Logger
-	full sync.Once
+	limit      *limit
 
 	mu sync.Mutex
 	// pending are the connections in their handshake, the oldest first.
 	pending list.List
 }
 
-func newSplitter(l net.Listener, c *tls.Config, maxConnections int, log *slog.Logger) *splitter {
-	s := &splitter{Listener: l, max: maxConnections, log: log}
+func newSplitter(l net.Listener, c *tls.Config, most *limit) *splitter {
+	s := &splitter{Listener: l, limit: most}
 	s.grpc = &branch{addr: l.Addr(), conns: make(chan net.Conn), done: make(chan struct{})}
 	s.http = &branch{addr: l.Addr(), conns: make(chan net.Conn), done: make(chan struct{})}
 	forHTTP := c.Clone()
@@ -125,19 +119,13 @@ func (s *splitter) run() error {
 			time.Sleep(50 * time.Millisecond)
 			continue
 		}
-		if s.open.Add(1) > int64(s.max) {
-			s.full.Do(func() {
-				s.log.Error("the proxies' port has as many connections as it may have; further ones are closed. KUMA_DP_SERVER_MAX_CONNECTIONS allows more", "limit", s.max)
-			})
-			s.open.Add(-1)
-			_ = c.Close()
+		if c = s.limit.admit(c); c == nil {
 			continue
 		}
-		counted := &counted{Conn: c, open: &s.open}
-		done := s.begin(counted)
+		done := s.begin(c)
 		go func() {
 			defer done()
-			s.sort(counted)
+			s.sort(c)
 		}()
 	}
 }
@@ -155,19 +143,6 @@ func (s *splitter) begin(c net.Conn) (done func()) {
 		defer s.mu.Unlock()
 		s.pending.Remove(e)
 	}
-}
-
-// counted is a connection that counts while it is open.
-type counted struct {
-	net.Conn
-	open *atomic.Int64
-	once sync.Once
-}
-
-// Close closes the connection.
-func (c *counted) Close() error {
-	c.once.Do(func() { c.open.Add(-1) })
-	return c.Conn.Close()
 }
 
 func (s *splitter) sort(raw net.Conn) {

@@ -19,10 +19,11 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
 	"kuma/internal/pki"
+	"kuma/internal/xds"
 )
 
 // port is a splitter with an HTTP and a gRPC server behind it.
-func port(t *testing.T, maxConnections int) (address string, clients *tls.Config, s *splitter) {
+func port(t *testing.T, most, each int) (address string, clients *tls.Config, s *splitter) {
 	t.Helper()
 	certs, err := pki.OpenControlPlane(pki.ControlPlaneConfig{Dir: t.TempDir()})
 	if err != nil {
@@ -32,12 +33,12 @@ func port(t *testing.T, maxConnections int) (address string, clients *tls.Config
 	if err != nil {
 		t.Fatal(err)
 	}
-	s = newSplitter(l, certs.TLS(), maxConnections, slog.New(slog.DiscardHandler))
+	s = newSplitter(l, certs.TLS(), &limit{max: most, each: each, log: slog.New(slog.DiscardHandler)})
 	done := make(chan struct{}, 3)
 	go func() { _ = s.run(); done <- struct{}{} }()
 	web := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.Proto) })}
 	go func() { _ = web.Serve(s.http); done <- struct{}{} }()
-	g := grpc.NewServer()
+	g := grpc.NewServer(xds.ServerOptions()...)
 	healthpb.RegisterHealthServer(g, health.NewServer())
 	go func() { _ = g.Serve(s.grpc); done <- struct{}{} }()
 	t.Cleanup(func() {
@@ -54,7 +55,7 @@ func port(t *testing.T, maxConnections int) (address string, clients *tls.Config
 }
 
 func TestOnePortServesHTTPAndGRPC(t *testing.T) {
-	address, clients, _ := port(t, 100)
+	address, clients, _ := port(t, 100, 100)
 	for _, offer := range [][]string{{"h2", "http/1.1"}, {"http/1.1"}, nil} {
 		c := clients.Clone()
 		c.NextProtos = offer
@@ -86,7 +87,7 @@ func TestSlowClients(t *testing.T) {
 	if testing.Short() {
 		clientsWanted = 3000
 	}
-	address, clients, s := port(t, 30_000)
+	address, clients, s := port(t, 30_000, 30_000)
 	var before, after runtime.MemStats
 	runtime.GC()
 	runtime.ReadMemStats(&before)
@@ -125,11 +126,11 @@ func TestSlowClients(t *testing.T) {
 	if s.pending.Len() > maxHandshakes {
 		t.Errorf("%d handshakes at once, more than %d", s.pending.Len(), maxHandshakes)
 	}
-	t.Logf("%d slow clients: %d MiB, %d connections held", len(slow), grown>>20, s.open.Load())
+	t.Logf("%d slow clients: %d MiB, %d connections held", len(slow), grown>>20, s.limit.held())
 }
 
 func TestConnectionsHaveALimit(t *testing.T) {
-	address, clients, s := port(t, 2)
+	address, clients, s := port(t, 2, 2)
 	var held []net.Conn
 	for range 2 {
 		c, err := tls.Dial("tcp", address, clients)
@@ -145,7 +146,7 @@ func TestConnectionsHaveALimit(t *testing.T) {
 	for _, c := range held {
 		_ = c.Close()
 	}
-	for s.open.Load() > 0 {
+	for s.limit.held() > 0 {
 		time.Sleep(time.Millisecond)
 	}
 	c, err := tls.Dial("tcp", address, clients)

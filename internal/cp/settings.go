@@ -103,6 +103,18 @@ func (c *Config) check() error {
 			add(p.path, "%d is not a port: it must be in the range [1, 65535]", p.port)
 		}
 	}
+	for _, n := range []struct {
+		path string
+		v    int
+	}{
+		{"apiServer.maxConnections", c.APIServer.MaxConnections},
+		{"dpServer.maxConnections", c.DPServer.MaxConnections},
+		{"dpServer.maxConnectionsPerAddress", c.DPServer.MaxConnectionsPerAddress},
+	} {
+		if n.v < 2 {
+			add(n.path, "%d is too few; must be at least 2", n.v)
+		}
+	}
 	for _, d := range []struct {
 		path string
 		v    time.Duration
