@@ -13,6 +13,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"kuma/internal/errs"
+	"kuma/internal/mesh"
 )
 
 func (a *app) applyCommand() *cobra.Command {
@@ -59,6 +60,15 @@ func (m manifest) String() string {
 
 // body returns what is sent.
 func (m manifest) body() ([]byte, error) { return json.Marshal(m.tree) }
+
+// into decodes what is sent.
+func (m manifest) into(spec any) error {
+	body, err := m.body()
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal(body, spec)
+}
 
 func (a *app) apply(ctx context.Context, files, pairs []string, dryRun bool) error {
 	vars, err := parseVars(pairs)
@@ -247,20 +257,26 @@ func (a *app) printManifests(list []manifest) error {
 
 // try lets the control plane check every resource without writing any. Of a
 // resource that is sound but for its mesh, which is not there, it says just
-// that; if an earlier document makes the mesh, nothing is wrong.
+// that; if an earlier document makes the mesh, nothing is wrong. The constraints
+// of a mesh that an earlier document makes or changes are looked at here.
 func (c *client) try(ctx context.Context, list []manifest) error {
-	made := map[string]bool{}
+	made := map[string]manifest{}
 	failed := 0
 	for _, m := range list {
 		if m.kind.Name == "Mesh" {
-			made[m.name] = true
+			made[m.name] = m
 		}
 		body, err := m.body()
 		if err != nil {
 			return fmt.Errorf("%s: %w", m, err)
 		}
 		_, _, err = c.do(ctx, http.MethodPut, m.kind.path(m.mesh, m.name), url.Values{"dry-run": {"true"}}, body)
-		if p := notFound(err); p != nil && p.noMesh() && made[m.mesh] {
+		in, earlier := made[m.mesh]
+		if earlier && (err == nil || lacksMesh(err)) {
+			if reason := keptOut(in, m); reason != "" {
+				failed++
+				c.app.tell("resource[%d]: %s: %s: networking: %s", m.index, m.at(), m, reason)
+			}
 			continue
 		}
 		if err == nil {
@@ -276,6 +292,27 @@ func (c *client) try(ctx context.Context, list []manifest) error {
 		return errs.New(errs.Invalid, "failed to validate some resources (%d of %d); nothing was changed", failed, len(list))
 	}
 	return nil
+}
+
+// keptOut says why a mesh's constraints keep a Dataplane out, or "" where they
+// don't, or where only the control plane can tell: it adds its zone's tag.
+func keptOut(in, m manifest) string {
+	if m.kind.Name != mesh.Dataplanes.Name {
+		return ""
+	}
+	var rules mesh.MeshSpec
+	var proxy mesh.DataplaneSpec
+	if in.into(&rules) != nil || m.into(&proxy) != nil || rules.Constraints == nil || rules.Constraints.DataplaneProxy == nil {
+		return ""
+	}
+	all := rules.Constraints.DataplaneProxy
+	for _, rule := range slices.Concat(all.Requirements, all.Restrictions) {
+		if _, zoned := rule.Tags[mesh.TagZone]; zoned {
+			return ""
+		}
+	}
+	reason, _ := rules.Admitted(m.mesh, &proxy)
+	return reason
 }
 
 // put writes one resource.

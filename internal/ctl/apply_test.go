@@ -127,6 +127,51 @@ func TestApplyTriesWhatItCan(t *testing.T) {
 	m.run("apply", "-f", m.file("a.yaml", good+"---\n{type: Secret, mesh: other, name: b}")).want(t, 1, "", "…resource[2]: a.yaml line 6:…Failed to retrieve Mesh (Not found)…(1 of 3); nothing was changed")
 }
 
+// A new mesh's constraints are held against its Dataplanes here, since the
+// control plane has not got them yet, unless they need what it alone knows.
+func TestApplyHoldsConstraints(t *testing.T) {
+	t.Parallel()
+	const dp = "\n---\n{type: Dataplane, mesh: m1, name: d, networking: {address: 192.0.2.1, inbound: [{port: 80, tags: {kuma.io/service: a, team: red}}]}}\n"
+	for _, c := range []struct {
+		name, constraints string
+		code              int
+		stderr            string
+	}{
+		{"none", "{}", 0, ""},
+		{"fulfilled", "{dataplaneProxy: {requirements: [{tags: {team: red}}], restrictions: [{tags: {team: blue}}]}}", 0, ""},
+		{"required", "{dataplaneProxy: {requirements: [{tags: {team: blue}}]}}", 1, `…resource[1]: a.yaml line 3:…does not fulfill any requirements…(1 of 2); nothing was changed`},
+		{"restricted", "{dataplaneProxy: {restrictions: [{tags: {team: '*'}}]}}", 1, "…resource[1]: a.yaml line 3:…matches restricted tags…nothing was changed"},
+		{"of the zone", "{dataplaneProxy: {requirements: [{tags: {kuma.io/zone: east}}]}}", 0, ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			s := newServer(t, map[string]answer{
+				"GET /":                       {200, dryRunIndex()},
+				"PUT /meshes/m1?dry-run=true": {201, `{}`},
+				"PUT /meshes/m1/dataplanes/d?dry-run=true": stdError(404, "Failed to retrieve Mesh", "Not found"),
+				"PUT /meshes/m1":              {201, `{}`},
+				"PUT /meshes/m1/dataplanes/d": {201, `{}`},
+			})
+			m := newMachine(t).using(s.URL)
+			stdout := ""
+			if c.code == 0 {
+				stdout = "…Dataplane\" mesh=\"m1\" name=\"d\" Created"
+			}
+			f := m.file("a.yaml", "{type: Mesh, name: m1, constraints: "+c.constraints+"}"+dp)
+			m.run("apply", "-f", f).want(t, c.code, stdout, c.stderr)
+			// The mesh is there, with other constraints.
+			s = newServer(t, map[string]answer{
+				"GET /":                       {200, dryRunIndex()},
+				"PUT /meshes/m1?dry-run=true": {200, `{}`},
+				"PUT /meshes/m1/dataplanes/d?dry-run=true": {201, `{}`},
+				"PUT /meshes/m1":              {200, `{}`},
+				"PUT /meshes/m1/dataplanes/d": {201, `{}`},
+			})
+			m.using(s.URL).run("apply", "-f", f).want(t, c.code, stdout, c.stderr)
+		})
+	}
+}
+
 func TestApplyStopsAtTheFirstFailure(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {

@@ -77,9 +77,12 @@ func (p *problem) mend() string {
 // router saying that there is no such path.
 func (p *problem) routed() bool { return p.Title != "" }
 
-// noMesh reports whether the control plane has no mesh of the name in the
-// path; the title is the contract's.
-func (p *problem) noMesh() bool { return p.Title == "Failed to retrieve Mesh" }
+// lacksMesh reports whether the answer is that there is no mesh of the name in
+// the path; the title is the contract's.
+func lacksMesh(err error) bool {
+	p := notFound(err)
+	return p != nil && p.Title == "Failed to retrieve Mesh"
+}
 
 // notFound returns the problem if the error is an answer with status 404.
 func notFound(err error) *problem {
