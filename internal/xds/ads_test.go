@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -165,6 +167,80 @@ func TestAProxyWithALinkGetsNoKey(t *testing.T) {
 	if got := v.Names(envoy.SecretType); len(got) > 0 {
 		t.Errorf("ADS carried %v", got)
 	}
+}
+
+// A key that this control plane makes and sends is never without a line in the
+// log, and the line is without the key.
+func TestKeysThatAreSentAreLogged(t *testing.T) {
+	t.Parallel()
+	const line = "a private key was made by the control plane and sent over ADS, since this proxy has no link"
+	for _, c := range []struct {
+		name     string
+		mtls     bool
+		features []string
+		want     int
+	}{{"without a link", true, nil, 2}, {"with a link", true, []string{session.FeatureLink}, 0}, {"without mTLS", false, nil, 0}} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			log := new(lines)
+			d := cptest.OpenDoors(t, cptest.DoorsConfig{Log: slog.New(slog.NewTextHandler(log, nil))})
+			d.Mesh("default", c.mtls)
+			if len(c.features) > 0 {
+				d.Put(dataplane(t, cptest.Dataplane("default", "web", "web")))
+			}
+			a := connect(t, d, cptest.ADSConfig{Name: "web", Metadata: cptest.Metadata("i1", cptest.Dataplane("default", "web", "web"), c.features...)})
+			complete(t, a)
+			if c.want > 0 { // its services change, and so does its certificate
+				v := a.View()
+				d.Put(dataplane(t, cptest.Dataplane("default", "web", "backend")))
+				if _, err := a.Wait(within(t), func(now cptest.View) bool {
+					secret := names.IdentitySecret("default")
+					has := now.Resources[envoy.SecretType][secret]
+					return has != nil && string(has.GetValue()) != string(v.Resources[envoy.SecretType][secret].GetValue())
+				}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if n := log.count(line); n != c.want {
+				t.Errorf("%d lines, want %d:\n%s", n, c.want, log)
+			}
+			if c.want > 0 && log.count("mesh=default", "name=web", "instance=i1") < c.want {
+				t.Errorf("who got the key is not said:\n%s", log)
+			}
+			if log.count("PRIVATE KEY") > 0 {
+				t.Errorf("a key is in the log:\n%s", log)
+			}
+		})
+	}
+}
+
+// lines is a log.
+type lines struct {
+	mu  sync.Mutex
+	all strings.Builder
+}
+
+// Write is an io.Writer's.
+func (l *lines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.all.Write(p)
+}
+
+func (l *lines) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.all.String()
+}
+
+// count is how many lines have all of the words.
+func (l *lines) count(words ...string) (n int) {
+	for line := range strings.Lines(l.String()) {
+		if !slices.ContainsFunc(words, func(w string) bool { return !strings.Contains(line, w) }) {
+			n++
+		}
+	}
+	return n
 }
 
 func dataplane(t *testing.T, doc string) *resource.Resource {

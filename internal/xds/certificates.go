@@ -190,6 +190,7 @@ func (c *certificates) done(r result) {
 	delete(c.failed, name)
 	c.ads.session.SetIssued(name, session.Issued{Revision: r.cert.Revision, RenewAt: r.cert.RenewAt, Chain: r.cert.Chain, Key: r.key})
 	n := c.ads.session.Node
+	c.ads.log.Warn("a private key was made by the control plane and sent over ADS, since this proxy has no link", "instance", n.Instance, "secret", name, "expires", r.cert.NotAfter)
 	c.srv.cfg.Insights.Issued(n.Mesh, n.Name, insight.Certificate{NotAfter: r.cert.NotAfter, Backend: r.cert.Backend, Supported: []string{r.cert.Backend}})
 	c.repack()
 	c.start()

@@ -56,6 +56,8 @@ type DoorsConfig struct {
 	Every time.Duration
 	// FirstMessage is how long streams may be silent at their start.
 	FirstMessage time.Duration
+	// Log is that of ADS; nil discards it.
+	Log *slog.Logger
 }
 
 // Doors is what proxies connect to, with all that is behind it but the real
@@ -133,7 +135,7 @@ func OpenDoors(t *testing.T, c DoorsConfig) *Doors {
 	issuer := identity.New(identity.Config{Picture: d.Tracker.Now})
 	d.XDS = xds.New(xds.Config{
 		Tracker: d.Tracker, Sessions: d.Sessions, Generator: generator{c.Generate, d}, Issuer: issuer, Insights: d.Insights, RetryBase: 20 * time.Millisecond,
-		FirstMessage: c.FirstMessage,
+		FirstMessage: c.FirstMessage, Log: c.Log,
 	})
 	d.Link = link.New(link.Config{Tracker: d.Tracker, Sessions: d.Sessions, Issuer: issuer, Insights: d.Insights, Instance: "cp-test", RetryBase: 20 * time.Millisecond, FirstMessage: c.FirstMessage})
 	server := grpc.NewServer(xds.ServerOptions()...)
