@@ -3,13 +3,16 @@
 package e2e
 
 import (
+	"crypto/tls"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -209,16 +212,50 @@ func TestRevokedToken(t *testing.T) {
 	}
 }
 
+// adminPaths are what Envoy's admin interface answers, some of it with harm.
+var adminPaths = []string{
+	"/config_dump", "/certs", "/clusters", "/listeners", "/server_info", "/stats", "/stats/prometheus", "/memory", "/init_dump", "/runtime",
+	"/logging?level=trace", "/reset_counters", "/healthcheck/fail", "/drain_listeners?inboundonly", "/runtime_modify?a=b", "/cpuprofiler?enable=y", "/quitquitquit",
+}
+
+// askAdmin asks a port for all that Envoy's admin interface does, in both
+// methods, and gives each answer to look at.
+func (r *room) askAdmin(scheme string, port int, look func(what string, a answer, err error)) {
+	r.Helper()
+	c := client(false)
+	c.Transport.(*http.Transport).TLSClientConfig = &tls.Config{InsecureSkipVerify: true}
+	defer c.CloseIdleConnections()
+	for _, path := range adminPaths {
+		for _, method := range []string{http.MethodGet, http.MethodPost} {
+			req, err := http.NewRequestWithContext(r.ctx, method, fmt.Sprintf("%s://127.0.0.1:%d%s", scheme, port, path), nil)
+			r.must(err)
+			var a answer
+			res, err := c.Do(req)
+			if err == nil {
+				var b []byte
+				b, err = io.ReadAll(res.Body)
+				_ = res.Body.Close()
+				a = answer{status: res.StatusCode, body: string(b), header: res.Header}
+				_ = json.Unmarshal(b, &a.told)
+			}
+			look(fmt.Sprintf("%s %s of port %d", method, path, port), a, err)
+		}
+	}
+}
+
 // HRD-30: nothing but what the Dataplane says listens on the network; the admin
-// interface is a socket in a directory that is its owner's.
+// interface is a socket in a directory that is its owner's, and from the
+// application's side no port answers for it.
 func TestNothingElseListens(t *testing.T) {
 	r := open(t)
 	cp := r.controlPlane()
 	r.apply(cp, mtls("STRICT"))
+	r.apply(cp, permitAll)
 	inbound, outbound := r.port(), r.port()
-	p := r.join(cp, "one", dataplane("one", []in{{service: "one", protocol: "http", port: inbound, local: r.port()}}, out{port: outbound, service: "one"}),
+	p := r.join(cp, "one", dataplane("one", []in{{service: "one", protocol: "http", port: inbound, local: r.site("one").port}}, out{port: outbound, service: "one"}),
 		lab.ProxyOptions{Env: []string{"TMPDIR=" + r.temp()}})
 	r.ready(p)
+	r.answers(outbound, http.StatusOK)
 	list := envoys(r.temp())
 	if len(list) != 1 {
 		t.Fatalf("Envoys: %v", list)
@@ -254,6 +291,53 @@ func TestNothingElseListens(t *testing.T) {
 	if len(sockets) < 4 {
 		t.Errorf("the working directory holds %v", sockets)
 	}
+
+	refused := func(what string, a answer, err error) {
+		if err == nil {
+			t.Errorf("%s: %d %.200q", what, a.status, a.body)
+		}
+	}
+	r.askAdmin("http", inbound, refused)
+	r.askAdmin("https", inbound, refused)
+	r.askAdmin("http", outbound, func(what string, a answer, err error) {
+		if err != nil || a.told.Site != "one" {
+			t.Errorf("%s is not the workload's answer: %d %.200q %v", what, a.status, a.body, err)
+		}
+	})
+	r.askAdmin("http", p.Readiness, func(what string, a answer, err error) {
+		if err != nil || a.status != http.StatusNotFound && a.status != http.StatusMethodNotAllowed {
+			t.Errorf("%s: %d %.200q %v", what, a.status, a.body, err)
+		}
+	})
+	if now := envoys(r.temp()); !slices.Equal(now, list) {
+		t.Errorf("Envoy was %v and is %v", list, now)
+	}
+	r.answers(outbound, http.StatusOK)
+	r.ready(p)
+}
+
+// HRD-30: nor does a Dataplane that names a port for it, of a proxy without the
+// link, put the admin interface on the network.
+func TestAdminPortIsNotForTheApplication(t *testing.T) {
+	r := open(t)
+	cp := r.controlPlane()
+	r.apply(cp, mtls("STRICT"))
+	r.apply(cp, permitAll)
+	admin, outbound := r.port(), r.port()
+	yaml := dataplane("one", []in{{service: "one", protocol: "http", port: r.port(), local: r.site("one").port}}, out{port: outbound, service: "one"})
+	p := r.join(cp, "one", strings.Replace(yaml, "networking:\n", fmt.Sprintf("networking:\n  admin: {port: %d}\n", admin), 1),
+		lab.ProxyOptions{Env: []string{"KUMA_DATAPLANE_RUNTIME_LINK_ENABLED=false"}})
+	r.ready(p)
+	r.answers(outbound, http.StatusOK)
+	for _, scheme := range []string{"http", "https"} {
+		r.askAdmin(scheme, admin, func(what string, a answer, err error) {
+			if err == nil {
+				t.Errorf("%s over %s: %d %.200q", what, scheme, a.status, a.body)
+			}
+		})
+	}
+	r.answers(outbound, http.StatusOK)
+	r.ready(p)
 }
 
 // listening returns the TCP addresses on which a process listens, as the kernel
