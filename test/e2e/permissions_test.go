@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"errors"
 	"crypto/tls"
 	"fmt"
 	"net/http"
@@ -230,8 +231,15 @@ func TestTCPPermission(t *testing.T) {
 			t.Error("it is not permitted, and is answered")
 		}
 	}
-	refused(web.port)
-	r.logged(backend.Process, "request denied", "caller=spiffe://default/web", "rbac_access_denied_matched_policy")
+	// Until web knows backend's endpoint its own proxy closes the connection; only
+	// then does backend's refuse it.
+	r.await("backend logs that it refuses web", func() error {
+		refused(web.port)
+		if len(loggedLines(backend.Process, "request denied", "caller=spiffe://default/web", "rbac_access_denied_matched_policy")) == 0 {
+			return errors.New("no such line")
+		}
+		return nil
+	})
 
 	r.apply(cp, permit("backend", "Exact, value: spiffe://default/web"))
 	l := r.dials(web.port)
