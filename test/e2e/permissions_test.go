@@ -3,8 +3,8 @@
 package e2e
 
 import (
-	"errors"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptrace"
