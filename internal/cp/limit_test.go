@@ -146,8 +146,12 @@ func flood(t *testing.T, address string, clients *tls.Config) *flooder {
 func (f *flooder) headers() []byte {
 	f.block.Reset()
 	for _, h := range [][2]string{
-		{":method", "POST"}, {":scheme", "https"}, {":path", "/grpc.health.v1.Health/Watch"}, {":authority", "x"},
-		{"content-type", "application/grpc"}, {"te", "trailers"},
+		{":method", "POST"},
+		{":scheme", "https"},
+		{":path", "/grpc.health.v1.Health/Watch"},
+		{":authority", "x"},
+		{"content-type", "application/grpc"},
+		{"te", "trailers"},
 	} {
 		_ = f.hpack.WriteField(hpack.HeaderField{Name: h[0], Value: h[1]})
 	}
