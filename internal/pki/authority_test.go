@@ -132,7 +132,7 @@ func TestIssue(t *testing.T) {
 	}
 }
 
-// TestOnce is HRD-22 and HRD-7: what is prepared is issued once, by who
+// TestOnce is HRD-22 and HRD-07: what is prepared is issued once, by who
 // prepared it, for a key that was proved, and soon.
 func TestOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -369,7 +369,7 @@ func grow(t *testing.T, der []byte) []byte {
 	return out
 }
 
-// FuzzParseRequest is HRD-9: no bytes crash the decoder, and what it takes
+// FuzzParseRequest is HRD-09: no bytes crash the decoder, and what it takes
 // can be issued for.
 func FuzzParseRequest(f *testing.F) {
 	key, err := pki.NewKey()
@@ -555,7 +555,7 @@ func TestKeyIsSilent(t *testing.T) {
 	}
 }
 
-// FuzzNewAuthority is HRD-9: no PEM crashes the decoder of authorities.
+// FuzzNewAuthority is HRD-09: no PEM crashes the decoder of authorities.
 func FuzzNewAuthority(f *testing.F) {
 	cert, key, err := pki.NewRoot("default", 0, pki.Year)
 	if err != nil {

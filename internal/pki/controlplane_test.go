@@ -318,7 +318,7 @@ func TestOriginalPair(t *testing.T) {
 	serve(t, open(t, pki.ControlPlaneConfig{CertFile: filepath.Join(dir, pki.CAFile), KeyFile: filepath.Join(dir, pki.CAKeyFile)}), "localhost")
 }
 
-// TestNoResumption is HRD-8: a session is never resumed.
+// TestNoResumption is HRD-08: a session is never resumed.
 func TestNoResumption(t *testing.T) {
 	cp := open(t, pki.ControlPlaneConfig{Dir: t.TempDir()})
 	s := httptest.NewUnstartedServer(http.NotFoundHandler())

@@ -236,7 +236,7 @@ func TestUnverified(t *testing.T) {
 	}
 }
 
-// FuzzParseKey is HRD-9: no text crashes the decoders of keys.
+// FuzzParseKey is HRD-09: no text crashes the decoders of keys.
 func FuzzParseKey(f *testing.F) {
 	f.Add(block("RSA PRIVATE KEY", x509.MarshalPKCS1PrivateKey(testKey())))
 	f.Add(token.PublicPEM(&testKey().PublicKey))

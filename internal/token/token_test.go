@@ -290,7 +290,7 @@ func TestPurpose(t *testing.T) {
 	}
 }
 
-// TestEveryByteCounts is HRD-6: a token altered in any byte is refused.
+// TestEveryByteCounts is HRD-06: a token altered in any byte is refused.
 func TestEveryByteCounts(t *testing.T) {
 	text, err := signer(t).Dataplane(token.DataplaneClaims{Name: "a", Mesh: "default"}, time.Hour)
 	if err != nil {
@@ -366,7 +366,7 @@ func TestAllows(t *testing.T) {
 	}
 }
 
-// TestCovers is HRD-4: random pairs of token and proxy, against the literal
+// TestCovers is HRD-04: random pairs of token and proxy, against the literal
 // rule.
 func TestCovers(t *testing.T) {
 	r := mathrand.New(mathrand.NewPCG(1, 2))
@@ -433,7 +433,7 @@ func text(err error) string {
 	return err.Error()
 }
 
-// FuzzVerify is HRD-9: no text crashes a verifier, and none that was not
+// FuzzVerify is HRD-09: no text crashes a verifier, and none that was not
 // signed is accepted.
 func FuzzVerify(f *testing.F) {
 	good, err := signer(f).Dataplane(token.DataplaneClaims{Name: "a"}, time.Hour)
