@@ -56,6 +56,9 @@ type ControlPlane struct {
 	tracker *state.Tracker
 	keeper  *upkeep.Keeper
 
+	// expiring are those who hold certificates; expiries asks them.
+	expiring []func() []pki.Expiry
+
 	sessions *session.Registry
 	insights *insight.Recorder
 	counted  []metric
