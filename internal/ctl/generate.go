@@ -6,7 +6,6 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
-	"io/fs"
 	"net/http"
 	"slices"
 	"strings"
@@ -15,7 +14,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"kuma/internal/errs"
-	"kuma/internal/pki"
 	"kuma/internal/token"
 )
 
@@ -28,63 +26,6 @@ func (a *app) generateCommand() *cobra.Command {
 		a.publicKeyCommand(),
 		a.tlsCertificateCommand(),
 	)
-}
-
-func (a *app) tlsCertificateCommand() *cobra.Command {
-	var kind, keyType, certFile, keyFile string
-	var hosts []string
-	c := &cobra.Command{
-		Use:   "tls-certificate",
-		Short: "Make a certificate and its key for a server or a client",
-		Long: "Make a certificate and its key for a server or a client.\n\nThe certificate is its own authority and valid for ten years: " +
-			"give the same file to those who verify it as their CA.",
-		Example: "  kumactl generate tls-certificate --type server --hostname cp.example,10.0.0.1 --cert-file tls.crt --key-file tls.key",
-		Args:    cobra.NoArgs,
-		RunE: func(*cobra.Command, []string) error {
-			cert, key, err := pki.GenerateTLS(kind, hosts, keyType)
-			if err != nil {
-				return err
-			}
-			return a.savePair(certFile, keyFile, cert, key)
-		},
-	}
-	f := c.Flags()
-	f.StringVar(&kind, "type", "", "who will show it: server or client (required)")
-	f.StringSliceVar(&hosts, "hostname", nil, "host name or IP address that it is for; may be repeated (required)")
-	f.StringVar(&certFile, "cert-file", "cert.pem", "file for the certificate, - for standard output")
-	f.StringVar(&keyFile, "key-file", "key.pem", "file for the private key, - for standard output")
-	f.StringVar(&keyType, "key-type", "rsa", "sort of key: rsa (2048 bits) or ecdsa (P-256)")
-	choices(c, "type", "server", "client")
-	choices(c, "key-type", "rsa", "ecdsa")
-	must(c.MarkFlagRequired("type"))
-	must(c.MarkFlagRequired("hostname"))
-	return c
-}
-
-// savePair writes a key and then its certificate.
-func (a *app) savePair(certFile, keyFile string, cert, key []byte) error {
-	if certFile == "" || keyFile == "" || certFile == keyFile && certFile != "-" {
-		return errs.New(errs.Invalid, "--cert-file and --key-file must name two files, or - for standard output")
-	}
-	for _, f := range []struct {
-		path    string
-		content []byte
-		mode    fs.FileMode
-	}{{keyFile, key, 0o400}, {certFile, cert, 0o600}} {
-		if f.path == "-" {
-			if err := a.write(f.content); err != nil {
-				return err
-			}
-			continue
-		}
-		if err := replaceFile(f.path, f.content, f.mode); err != nil {
-			return fmt.Errorf("save %s: %w", f.path, err)
-		}
-	}
-	if certFile == "-" || keyFile == "-" {
-		return nil
-	}
-	return a.print("Private key saved in %s\nCertificate saved in %s\n", keyFile, certFile)
 }
 
 // tokenFlags are those that all tokens have.

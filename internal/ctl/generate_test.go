@@ -87,7 +87,15 @@ func TestGenerateTokenMistakes(t *testing.T) {
 		{"tls-certificate", `Error: required flag(s) "hostname", "type" not set` + "\n"},
 		{"tls-certificate --type=x --hostname=a", `Error: invalid certificate type "x"` + "\n"},
 		{"tls-certificate --type=client --hostname=a --key-type=dsa", `Error: invalid key type "dsa"` + "\n"},
-		{"tls-certificate --type=client --hostname=a --cp-hostname=b", "Error: unknown flag: --cp-hostname\n"},
+		{"tls-certificate --type=server", `Error: required flag(s) "hostname" not set` + "\n"},
+		{"tls-certificate --hostname=a", `Error: required flag(s) "type" not set` + "\n"},
+		{"tls-certificate --type=server --hostname=https://a:5682", "…without scheme and port"},
+		{"tls-certificate --type=server --hostname=a,,b", "…neither a host name nor an IP address"},
+		{"tls-certificate --type=server --hostname=a.*.b", "…such as cp.example or *.cp.example"},
+		{"tls-certificate --type=server --hostname=a # the name", "…the backslash must be the last of its line"},
+		{"tls-certificate --type=server --hostname=a b", `…unknown command "b" for "kumactl generate tls-certificate"`},
+		{"tls-certificate --type=server --hostname=a --key-file=HOME", "…no regular file"},
+		{"tls-certificate --type=server --hostname=a --cert-file=HOME/x --key-file=HOME/./x", "…must name two files"},
 		{"tls-certificate --type=client --hostname=a --cert-file=x --key-file=x", "…must name two files"},
 		{"tls-certificate --type=client --hostname=a --cert-file=- --key-file=/nowhere/x", "…save /nowhere/x"},
 	} {
@@ -174,7 +182,21 @@ func TestGenerateTLSCertificate(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	r := m.run("generate", "tls-certificate", "--type=client", "--hostname=a", "--cert-file=-", "--key-file=-")
+	// The older names, and a backslash with a space behind it.
+	old, oldKey := filepath.Join(m.home, "old.crt"), filepath.Join(m.home, "old.key")
+	m.run("generate", "tls-certificate", " ", "--type=server", "--cp-hostname=cp.example", "--key-type=ecdsa", "--cert-file", old, "--key-file", oldKey).
+		want(t, 0, "Private key saved in old.key\nCertificate saved in old.crt\n", "Warning: --cp-hostname is deprecated; use --hostname\n")
+	m.run("generate", "tls-certificate", "--type=client", "--key-type=ecdsa", "--cert-file", old, "--key-file", oldKey).
+		want(t, 0, "Private key saved in old.key\nCertificate saved in old.crt\n", "")
+	if _, err := tls.LoadX509KeyPair(old, oldKey); err != nil {
+		t.Error(err)
+	}
+	// With one file on standard output, nothing else is.
+	r := m.run("generate", "tls-certificate", "--type=client", "--key-type=ecdsa", "--cert-file=-", "--key-file", oldKey)
+	if block, rest := pem.Decode([]byte(r.stdout)); block == nil || block.Type != "CERTIFICATE" || len(rest) != 0 {
+		t.Errorf("standard output: %q", r.stdout)
+	}
+	r = m.run("generate", "tls-certificate", "--type=client", "--hostname=a", "--cert-file=-", "--key-file=-")
 	first, rest := pem.Decode([]byte(r.stdout))
 	second, _ := pem.Decode(rest)
 	if first == nil || second == nil || first.Type != "RSA PRIVATE KEY" || second.Type != "CERTIFICATE" {
@@ -183,6 +205,39 @@ func TestGenerateTLSCertificate(t *testing.T) {
 	c, err := x509.ParseCertificate(second.Bytes)
 	if err != nil || c.ExtKeyUsage[0] != x509.ExtKeyUsageClientAuth {
 		t.Errorf("usage %v, %v", c.ExtKeyUsage, err)
+	}
+}
+
+// A pair is replaced whole or not at all.
+func TestGenerateTLSCertificateWhole(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t)
+	key := m.file("tls.key", "the old key")
+	other := filepath.Join(m.home, "dir")
+	if err := os.Mkdir(other, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	m.run("generate", "tls-certificate", "--type=client", "--key-type=ecdsa", "--key-file", key, "--cert-file", other).want(t, 1, "", "…no regular file")
+	m.run("generate", "tls-certificate", "--type=client", "--key-type=ecdsa", "--key-file", key, "--cert-file", m.home+"/none/x").want(t, 1, "", "…no such file")
+	if raw, err := os.ReadFile(key); err != nil || string(raw) != "the old key" {
+		t.Errorf("the key is %q, %v", raw, err)
+	}
+	// The last step can fail alone: then the first is taken back.
+	a, err := stage(key, []byte("new"), 0o400)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := a.commit(); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.undo(); err != nil {
+		t.Fatal(err)
+	}
+	if raw, err := os.ReadFile(key); err != nil || string(raw) != "the old key" {
+		t.Errorf("the key is %q, %v", raw, err)
+	}
+	if left, err := filepath.Glob(m.home + "/.tls*"); err != nil || len(left) != 0 {
+		t.Errorf("left beside: %v, %v", left, err)
 	}
 }
 

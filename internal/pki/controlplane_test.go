@@ -388,6 +388,8 @@ func TestGenerateTLS(t *testing.T) {
 		"kind":     {"both", "rsa", `invalid certificate type "both"`, []string{"a"}},
 		"key type": {"server", "dsa", `invalid key type "dsa"`, []string{"a"}},
 		"no host":  {"server", "rsa", "a certificate needs a host name", nil},
+		"star":     {"server", "rsa", "such as cp.example or *.cp.example", []string{"a.*"}},
+		"hosts":    {"client", "rsa", "there are 501 host names, the limit is 500", make([]string, 501)},
 		"bad host": {"server", "rsa", "is neither a host name nor an IP address", []string{"a b"}},
 		"url":      {"server", "rsa", "is neither a host name nor an IP address", []string{"https://a"}},
 	} {
