@@ -160,6 +160,10 @@ func (i *Issuer) user(ctx context.Context, name string, groups []string, life ti
 	return s.User(token.UserClaims{Name: name, Groups: groups}, life)
 }
 
+// Users tells whether user tokens count for anything: not where callers show
+// client certificates instead, and then there is no route for them.
+func (i *Issuer) Users() bool { return i.cfg.Users.Type != AdminClientCerts }
+
 func (i *Issuer) source(mesh, prefix string) *keySource {
 	return &keySource{secrets: i.cfg.Secrets, material: i.material, useSecrets: true, mesh: mesh, prefix: prefix, log: i.cfg.Log}
 }

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -127,9 +128,22 @@ var forwarded = []string{"Forwarded", "Via", "X-Real-Ip", "X-Client-Ip", "X-Clus
 // administrator at this machine: by the contract's rules, and beyond them by
 // the owner of the peer's socket.
 func (a *Authenticator) localAdmin(r *http.Request) bool {
-	if !a.localhostIsAdmin {
+	if !a.localhostIsAdmin || !direct(r, a.hosts) {
 		return false
 	}
+	if known, ok := r.Context().Value(peerKey{}).(*peerOwner); ok {
+		return known.trusted()
+	}
+	local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
+	return ok && a.trustedPeer(local.String(), r.RemoteAddr)
+}
+
+// Direct tells whether a request comes from a program on this machine itself:
+// from a loopback address, for a loopback name, by way of no proxy, and not on
+// behalf of another site's page. It says nothing of the user.
+func Direct(r *http.Request) bool { return direct(r, nil) }
+
+func direct(r *http.Request, hosts []string) bool {
 	peer, err := netip.ParseAddrPort(r.RemoteAddr)
 	if err != nil || !peer.Addr().Unmap().IsLoopback() {
 		return false
@@ -144,7 +158,7 @@ func (a *Authenticator) localAdmin(r *http.Request) bool {
 			return false
 		}
 	}
-	if !loopbackHost(r.Host) {
+	if name, _ := splitHost(r.Host); !loopbackHost(r.Host) && !slices.Contains(hosts, name) {
 		return false
 	}
 	for _, v := range r.Header["Sec-Fetch-Site"] {
@@ -157,11 +171,7 @@ func (a *Authenticator) localAdmin(r *http.Request) bool {
 			return false
 		}
 	}
-	if known, ok := r.Context().Value(peerKey{}).(*peerOwner); ok {
-		return known.trusted()
-	}
-	local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
-	return ok && a.trustedPeer(local.String(), r.RemoteAddr)
+	return true
 }
 
 // loopbackHost reports whether a Host header names this machine itself.

@@ -1,6 +1,7 @@
 package auth
 
 import (
+	"crypto/x509"
 	"log/slog"
 	"net/http"
 	"os"
@@ -13,7 +14,9 @@ import (
 // UsersConfig is how callers of the API are authenticated (key
 // "apiServer.authn").
 type UsersConfig struct {
-	// Type is "tokens". There is no other in this version.
+	// Type is "tokens", or "adminClientCerts": then who shows a certificate that
+	// apiServer.auth.clientCertsDir vouches for is the administrator, and user
+	// tokens count for nothing.
 	Type string `json:"type"`
 	// LocalhostIsAdmin makes who calls from this machine, as the control
 	// plane's own user or as root and without a credential, the administrator.
@@ -46,6 +49,13 @@ type AuthenticatorConfig struct {
 	Users UsersConfig
 	// Secrets is where keys and revocations are.
 	Secrets Secrets
+	// ClientCAs are the authorities of client certificates, as they are now, for
+	// the type "adminClientCerts". Nil means that the handshake's judgement is
+	// enough.
+	ClientCAs func() *x509.CertPool
+	// Hosts are names of this machine that its administrator chose, for which a
+	// local request may be as it may be for localhost.
+	Hosts []string
 	// Owner tells who owns a socket; nil means KernelSocketOwner.
 	Owner SocketOwner
 	// Hint is added to the error of a token that does not verify.
@@ -56,8 +66,11 @@ type AuthenticatorConfig struct {
 
 // Authenticator tells who calls the API.
 type Authenticator struct {
+	// users is nil where certificates count instead.
 	users            *token.Verifier
+	clientCAs        func() *x509.CertPool
 	localhostIsAdmin bool
+	hosts            []string
 	owner            SocketOwner
 	uid              uint32
 }
@@ -65,8 +78,10 @@ type Authenticator struct {
 // NewAuthenticator makes an Authenticator. Errors are Invalid: a configured
 // key that can't be read.
 func NewAuthenticator(c AuthenticatorConfig) (*Authenticator, error) {
-	if c.Users.Type != "" && c.Users.Type != "tokens" {
-		return nil, errs.New(errs.Invalid, "apiServer.authn.type: there is no authentication named %q in this version; use \"tokens\"", c.Users.Type)
+	switch c.Users.Type {
+	case "", UserTokens, AdminClientCerts:
+	default:
+		return nil, errs.New(errs.Invalid, "apiServer.authn.type: there is not implementation of authn named %s; use %q or %q (KUMA_API_SERVER_AUTHN_TYPE)", c.Users.Type, UserTokens, AdminClientCerts)
 	}
 	keys, err := userKeys(c.Users.Tokens.Validator, c.Secrets, newMaterial(), logger(c.Log))
 	if err != nil {
@@ -76,10 +91,13 @@ func NewAuthenticator(c AuthenticatorConfig) (*Authenticator, error) {
 	if owner == nil {
 		owner = KernelSocketOwner
 	}
-	return &Authenticator{
-		users:            token.New(token.Config{Keys: keys, Hint: c.Hint}),
-		localhostIsAdmin: c.Users.LocalhostIsAdmin, owner: owner, uid: uint32(os.Getuid()),
-	}, nil
+	a := &Authenticator{
+		localhostIsAdmin: c.Users.LocalhostIsAdmin, hosts: c.Hosts, clientCAs: c.ClientCAs, owner: owner, uid: uint32(os.Getuid()),
+	}
+	if c.Users.Type != AdminClientCerts {
+		a.users = token.New(token.Config{Keys: keys, Hint: c.Hint})
+	}
+	return a, nil
 }
 
 func userKeys(v ValidatorConfig, secrets Secrets, m *material, log *slog.Logger) (*keySource, error) {
@@ -100,10 +118,16 @@ func logger(l *slog.Logger) *slog.Logger {
 	return l
 }
 
-// HTTP tells who sent a request: the owner of its user token, or the
-// administrator at this machine, or nobody. A credential that does not verify
-// is errs.Unauthenticated; it never falls back to being local.
+// HTTP tells who sent a request: the owner of its user token (of its client
+// certificate, where those count), or the administrator at this machine, or
+// nobody. A credential that does not verify is errs.Unauthenticated; it never
+// falls back to being local.
 func (a *Authenticator) HTTP(r *http.Request) (Caller, error) {
+	if a.users == nil {
+		if c, ok, err := a.certificate(r); ok || err != nil {
+			return c, err
+		}
+	}
 	values := r.Header["Authorization"]
 	switch len(values) {
 	case 0:
@@ -119,6 +143,9 @@ func (a *Authenticator) HTTP(r *http.Request) (Caller, error) {
 	if !ok {
 		// Another scheme is nobody's credential here, and still not local.
 		return Anonymous(), nil
+	}
+	if a.users == nil {
+		return Caller{}, errs.New(errs.Unauthenticated, "user tokens count for nothing here (apiServer.authn.type is %s): show a client certificate", AdminClientCerts)
 	}
 	u, err := a.users.User(r.Context(), strings.TrimSpace(text))
 	if err != nil {

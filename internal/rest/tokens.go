@@ -23,7 +23,9 @@ func (s *Server) tokens() {
 		return
 	}
 	s.add(http.MethodPost, "/tokens/dataplane", does(auth.GenerateDataplaneToken, "generate dataplane token"), s.dataplaneToken)
-	s.add(http.MethodPost, "/tokens/user", does(auth.GenerateUserToken, "generate user token"), s.userToken)
+	if s.cfg.Issuer.Users() {
+		s.add(http.MethodPost, "/tokens/user", does(auth.GenerateUserToken, "generate user token"), s.userToken)
+	}
 	s.add(http.MethodPost, "/tokens/zone", rule{name: "generate zone token", check: mayIssueZone}, s.zoneToken)
 }
 
