@@ -6,11 +6,13 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -35,7 +37,8 @@ type client struct {
 	http    *http.Client
 	name    string
 	mesh    string
-	caFile  string
+	// caFile and certFile are the CA's and the client's own certificate.
+	caFile, certFile string
 }
 
 // client returns a client for the context in use.
@@ -60,7 +63,7 @@ func (a *app) clientFor(cp controlPlane) (*client, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &client{app: a, base: base, name: cp.Name, caFile: api.CACertFile, headers: http.Header{}}
+	c := &client{app: a, base: base, name: cp.Name, caFile: api.CACertFile, certFile: api.ClientCertFile, headers: http.Header{}}
 	for _, h := range api.Headers {
 		c.headers.Set(h.Key, h.Value)
 	}
@@ -77,11 +80,11 @@ func (a *app) clientFor(cp controlPlane) (*client, error) {
 	}
 	transport := &http.Transport{Proxy: http.ProxyFromEnvironment, MaxResponseHeaderBytes: 1 << 20, ForceAttemptHTTP2: true}
 	if base.Scheme == "https" {
-		if transport.TLSClientConfig, err = tlsConfig(api); err != nil {
+		if transport.TLSClientConfig, err = tlsConfig(api, a.now()); err != nil {
 			return nil, fmt.Errorf("control plane %q: %w", cp.Name, err)
 		}
 		if api.SkipVerify {
-			a.warn("the certificate of %s is not verified (skipVerify), so anyone on the way can read and change what is sent", base)
+			a.warn(notVerified, base)
 		}
 	}
 	c.http = &http.Client{Transport: transport, Timeout: a.timeout, CheckRedirect: sameHost}
@@ -117,31 +120,88 @@ func parseAddress(address string) (*url.URL, error) {
 	return u, nil
 }
 
+// notVerified is said whenever a server's certificate is not verified.
+const notVerified = "the certificate of %s is not verified (skipVerify), so anyone on the way can read and change what is sent"
+
 // tlsConfig verifies against the CA file, or the system's roots where there
-// is none.
-func tlsConfig(api apiServer) (*tls.Config, error) {
+// is none, and shows the client's certificate where there is one. Errors are
+// Invalid and name the file.
+func tlsConfig(api apiServer, now time.Time) (*tls.Config, error) {
 	cfg := &tls.Config{MinVersion: tls.VersionTLS12, InsecureSkipVerify: api.SkipVerify}
 	if api.CACertFile != "" {
-		pem, err := readLimited(api.CACertFile, maxConfigSize)
+		text, err := readLimited(api.CACertFile, maxConfigSize)
 		if err != nil {
 			return nil, fmt.Errorf("read the CA certificate: %w", err)
 		}
-		cfg.RootCAs = x509.NewCertPool()
-		if !cfg.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, errs.New(errs.Invalid, "%s holds no PEM certificate", api.CACertFile)
+		if cfg.RootCAs, err = roots(text); err != nil {
+			return nil, errs.New(errs.Invalid, "%s %w", api.CACertFile, err)
 		}
 	}
-	if (api.ClientCertFile == "") != (api.ClientKeyFile == "") {
-		return nil, errs.New(errs.Invalid, "Both --client-cert-file and --client-key-file needs to be specified")
+	switch {
+	case api.ClientCertFile == "" && api.ClientKeyFile == "":
+		return cfg, nil
+	case api.ClientCertFile == "":
+		return nil, errs.New(errs.Invalid, "Both --client-cert-file and --client-key-file needs to be specified: --client-cert-file is missing")
+	case api.ClientKeyFile == "":
+		return nil, errs.New(errs.Invalid, "Both --client-cert-file and --client-key-file needs to be specified: --client-key-file is missing")
 	}
-	if api.ClientCertFile != "" {
-		pair, err := tls.LoadX509KeyPair(api.ClientCertFile, api.ClientKeyFile)
-		if err != nil {
-			return nil, fmt.Errorf("read the client's certificate: %w", err)
-		}
-		cfg.Certificates = []tls.Certificate{pair}
+	pair, err := clientPair(api.ClientCertFile, api.ClientKeyFile, now)
+	if err != nil {
+		return nil, fmt.Errorf("read the client's certificate: %w", err)
 	}
+	// It is shown whatever authorities the server names, since a self-signed one
+	// may be known to it by itself; the server says so if it does not take it.
+	cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return pair, nil }
 	return cfg, nil
+}
+
+// roots reads the certificates of a CA file. The error goes on after the
+// file's name.
+func roots(text []byte) (*x509.CertPool, error) {
+	pool, n := x509.NewCertPool(), 0
+	for {
+		block, rest := pem.Decode(text)
+		if block == nil {
+			break
+		}
+		text = rest
+		if block.Type != "CERTIFICATE" {
+			return nil, fmt.Errorf("holds a PEM block of type %q, where only CERTIFICATE may be", block.Type)
+		}
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("holds a certificate that can't be read: %w", err)
+		}
+		pool.AddCert(cert)
+		n++
+	}
+	if n == 0 {
+		return nil, errors.New("holds no PEM certificate")
+	}
+	return pool, nil
+}
+
+// clientPair reads a certificate and its key, which must belong together and
+// be valid now.
+func clientPair(certFile, keyFile string, now time.Time) (*tls.Certificate, error) {
+	cert, err := readLimited(certFile, maxConfigSize)
+	if err != nil {
+		return nil, err
+	}
+	key, err := readLimited(keyFile, maxConfigSize)
+	if err != nil {
+		return nil, err
+	}
+	pair, err := tls.X509KeyPair(cert, key)
+	switch {
+	case err != nil:
+		return nil, errs.New(errs.Invalid, "%s and %s: %s", certFile, keyFile, strings.TrimPrefix(err.Error(), "tls: "))
+	case now.After(pair.Leaf.NotAfter):
+		return nil, errs.New(errs.Invalid, "%s expired at %s; make a new one, for example with kumactl generate tls-certificate --type client", certFile, pair.Leaf.NotAfter.UTC().Format(time.RFC3339))
+	case now.Before(pair.Leaf.NotBefore):
+		return nil, errs.New(errs.Invalid, "%s is not valid before %s; check the clock of this machine", certFile, pair.Leaf.NotBefore.UTC().Format(time.RFC3339))
+	}
+	return &pair, nil
 }
 
 // path joins path elements, each escaped.
@@ -217,9 +277,13 @@ func (c *client) unreachable(err error) error {
 	case errors.Is(err, syscall.ECONNREFUSED):
 		u.mend = "\n  is it running? kumactl config control-planes list shows the address in use"
 	case isTrust(err) && c.caFile == "":
-		u.mend = "\n  name the CA that signed its certificate: kumactl config control-planes add --ca-cert-file FILE --overwrite …"
+		u.mend = seen(err) + "\n  name the CA that signed its certificate: kumactl config control-planes add --ca-cert-file FILE --overwrite …"
 	case isTrust(err):
-		u.mend = "\n  " + c.caFile + " is not the CA that signed its certificate, or the address is not in that certificate"
+		u.mend = seen(err) + "\n  " + c.caFile + " is not the CA that signed its certificate, or the address is not in that certificate"
+	case strings.Contains(err.Error(), "remote error: tls: certificate required"):
+		u.mend = "\n  it wants a client certificate: kumactl config control-planes add --client-cert-file FILE --client-key-file FILE --overwrite …"
+	case c.certFile != "" && strings.Contains(err.Error(), "remote error: tls: "):
+		u.mend = "\n  it may not take the client certificate " + c.certFile + ": does the control plane know its authority?"
 	case errors.As(err, &timeout) && timeout.Timeout():
 		u.mend = "\n  no answer in time; --api-timeout sets how long to wait"
 	case strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"):
@@ -234,6 +298,25 @@ func (c *client) unreachable(err error) error {
 func isTrust(err error) bool {
 	_, ok := errors.AsType[*tls.CertificateVerificationError](err)
 	return ok
+}
+
+// seen says which certificate was refused.
+func seen(err error) string {
+	e, ok := errors.AsType[*tls.CertificateVerificationError](err)
+	if !ok || len(e.UnverifiedCertificates) == 0 {
+		return ""
+	}
+	leaf := e.UnverifiedCertificates[0]
+	names := slices.Clone(leaf.DNSNames)
+	for _, ip := range leaf.IPAddresses {
+		names = append(names, ip.String())
+	}
+	const most = 10
+	if len(names) > most {
+		names = append(names[:most], "…")
+	}
+	return fmt.Sprintf("\n  the certificate seen is of %q, issued by %q, for %s, until %s",
+		leaf.Subject, leaf.Issuer, strings.Join(names, ", "), leaf.NotAfter.UTC().Format(time.RFC3339))
 }
 
 // An index is the answer of GET /.

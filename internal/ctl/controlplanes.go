@@ -4,9 +4,11 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"path/filepath"
 	"slices"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/net/http/httpguts"
 	"sigs.k8s.io/yaml"
 
 	"kuma/internal/conf"
@@ -44,14 +46,29 @@ func (a *app) addCommand() *cobra.Command {
 	var cp controlPlane
 	var headers, authConf map[string]string
 	var overwrite, skipCheck bool
+	var oldCert, oldKey string
 	api := &cp.Coordinates.APIServer
 	c := &cobra.Command{
 		Use:   "add",
 		Short: "Add a control plane and use it from now on",
 		Example: "  kumactl config control-planes add --name prod --address https://cp.example:5682 \\\n" +
 			"    --ca-cert-file ca.crt --auth-type tokens --auth-conf token=$(cat admin.token)",
-		Args: cobra.NoArgs,
+		Args: onlyFlags,
 		RunE: func(c *cobra.Command, _ []string) error {
+			for _, old := range []struct {
+				name, today string
+				value       string
+				into        *string
+			}{{"admin-client-cert", "client-cert-file", oldCert, &api.ClientCertFile}, {"admin-client-key", "client-key-file", oldKey, &api.ClientKeyFile}} {
+				switch {
+				case !c.Flags().Changed(old.name):
+					continue
+				case c.Flags().Changed(old.today):
+					return errs.New(errs.Invalid, "--%s is an older name of --%s; give one of them", old.name, old.today)
+				}
+				a.warn("--%s is deprecated; use --%s", old.name, old.today)
+				*old.into = old.value
+			}
 			for _, k := range sortedKeys(headers) {
 				api.Headers = append(api.Headers, header{k, headers[k]})
 			}
@@ -65,8 +82,12 @@ func (a *app) addCommand() *cobra.Command {
 	f.StringVar(&cp.Name, "name", "", "name for the control plane (required)")
 	f.StringVar(&api.URL, "address", "", "URL of its API, such as https://cp.example:5682 (required)")
 	f.StringVar(&api.CACertFile, "ca-cert-file", "", "file with the CA that its certificate is verified with (default the system's)")
-	f.StringVar(&api.ClientCertFile, "client-cert-file", "", "file with the certificate to log in with")
+	f.StringVar(&api.ClientCertFile, "client-cert-file", "", "file with the certificate to show to the control plane")
 	f.StringVar(&api.ClientKeyFile, "client-key-file", "", "file with that certificate's key")
+	f.StringVar(&oldCert, "admin-client-cert", "", "older name of --client-cert-file")
+	f.StringVar(&oldKey, "admin-client-key", "", "older name of --client-key-file")
+	must(f.MarkHidden("admin-client-cert"))
+	must(f.MarkHidden("admin-client-key"))
 	f.BoolVar(&api.SkipVerify, "skip-verify", false, "do not verify the control plane's certificate: anyone on the way can read and change what is sent")
 	f.StringToStringVar(&headers, "headers", nil, "headers NAME=VALUE for each request")
 	f.StringVar(&api.AuthType, "auth-type", "", "how to log in: tokens")
@@ -91,11 +112,30 @@ func (a *app) addControlPlane(ctx context.Context, cp controlPlane, overwrite, s
 	if err != nil {
 		return err
 	}
-	if (api.ClientCertFile == "") != (api.ClientKeyFile == "") {
-		return errs.New(errs.Invalid, "Both --client-cert-file and --client-key-file needs to be specified")
-	}
 	if err := checkAuth(api); err != nil {
 		return err
+	}
+	if err := checkHeaders(api.Headers); err != nil {
+		return err
+	}
+	// The files' paths are kept: kumactl may be called elsewhere next time.
+	for _, f := range []*string{&api.CACertFile, &api.ClientCertFile, &api.ClientKeyFile} {
+		if *f == "" {
+			continue
+		}
+		if *f, err = filepath.Abs(*f); err != nil {
+			return err
+		}
+	}
+	cp.Coordinates.APIServer = api
+	if _, err := tlsConfig(api, a.now()); err != nil {
+		return err
+	}
+	switch {
+	case base.Scheme == "http" && (api.CACertFile != "" || api.ClientCertFile != "" || api.SkipVerify):
+		a.warn("%s is without TLS, so no certificate is shown or verified; use the https:// address of its API (port 5682)", base)
+	case base.Scheme == "https" && api.SkipVerify && skipCheck:
+		a.warn(notVerified, base)
 	}
 	if base.Scheme == "http" && api.AuthType != "" && !loopback(base.Hostname()) {
 		a.warn("the token will be sent without encryption to %s; use the https:// address of its API (port 5682)", base)
@@ -140,6 +180,19 @@ func checkAuth(api apiServer) error {
 		return errs.New(errs.Invalid, "authentication plugin of type %q is not found; known: tokens", api.AuthType)
 	case api.AuthConf["token"] == "" || len(api.AuthConf) > 1:
 		return errs.New(errs.Invalid, "--auth-conf is not valid: provide token=YOUR_TOKEN")
+	}
+	return nil
+}
+
+// checkHeaders refuses what can't be sent.
+func checkHeaders(headers []header) error {
+	for _, h := range headers {
+		switch {
+		case !httpguts.ValidHeaderFieldName(h.Key):
+			return errs.New(errs.Invalid, "--headers: %q is not a header's name; give NAME=VALUE", h.Key)
+		case !httpguts.ValidHeaderFieldValue(h.Value):
+			return errs.New(errs.Invalid, "--headers: the value of %q holds characters that a header can't have", h.Key)
+		}
 	}
 	return nil
 }

@@ -5,6 +5,8 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
+	"io"
+	"log"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -244,7 +246,6 @@ func TestGenerateTLSCertificateWhole(t *testing.T) {
 // Certificates are verified, unless a flag with "skip" in its name says
 // otherwise, and that is warned of (HRD-02).
 func TestTLS(t *testing.T) {
-	t.Parallel()
 	m := newMachine(t)
 	cert, key := filepath.Join(m.home, "tls.crt"), filepath.Join(m.home, "tls.key")
 	other, otherKey := filepath.Join(m.home, "other.crt"), filepath.Join(m.home, "other.key")
@@ -261,6 +262,7 @@ func TestTLS(t *testing.T) {
 		seen = r
 		_, _ = w.Write([]byte(theIndex()))
 	}))
+	s.Config.ErrorLog = log.New(io.Discard, "", 0)
 	s.TLS = &tls.Config{Certificates: []tls.Certificate{pair}, ClientAuth: tls.RequestClientCert}
 	s.StartTLS()
 	defer s.Close()
@@ -270,9 +272,17 @@ func TestTLS(t *testing.T) {
 
 	add().want(t, 1, "", "…could not connect to the Control Plane API Server…name the CA that signed its certificate")
 	add("--ca-cert-file", other).want(t, 1, "", "…other.crt is not the CA that signed its certificate")
-	add("--ca-cert-file", key).want(t, 1, "", "…tls.key holds no PEM certificate")
+	add("--ca-cert-file", other, "--client-cert-file", client, "--client-key-file", clientKey).want(t, 1, "", "…the certificate seen is of \"CN=127.0.0.1\", issued by \"CN=127.0.0.1\", for 127.0.0.1, until …")
+	add("--ca-cert-file", key).want(t, 1, "", `…tls.key holds a PEM block of type "EC PRIVATE KEY", where only CERTIFICATE may be`)
+	add("--ca-cert-file", m.file("text", "hello")).want(t, 1, "", "…text holds no PEM certificate")
+	add("--ca-cert-file", m.file("half", "-----BEGIN CERTIFICATE-----\naGVsbG8=\n-----END CERTIFICATE-----\n"), "--skip-check").want(t, 1, "", "…half holds a certificate that can't be read")
 	add("--ca-cert-file", "/nowhere").want(t, 1, "", "…read the CA certificate: …no such file")
-	add("--client-cert-file", client).want(t, 1, "", "Error: Both --client-cert-file and --client-key-file needs to be specified\n")
+	add("--client-cert-file", client).want(t, 1, "", "Error: Both --client-cert-file and --client-key-file needs to be specified: --client-key-file is missing\n")
+	add("--admin-client-key", client).want(t, 1, "", "…Both --client-cert-file and --client-key-file needs to be specified: --client-cert-file is missing")
+	add("--admin-client-key", client, "--client-key-file", client).want(t, 1, "", "…--admin-client-key is an older name of --client-key-file; give one of them")
+	add("--headers", "a b=c").want(t, 1, "", `…"a b" is not a header's name`)
+	add("--skip-check", "--ca-cert-file", cert, "--client-cert-file", client, "--client-key-file", key).want(t, 1, "", "…private key does not match public key")
+	add("--skip-check", "# the name").want(t, 1, "", "…the backslash must be the last of its line")
 	add("--ca-cert-file", cert, "--client-cert-file", client, "--client-key-file", key).want(t, 1, "", "…read the client's certificate")
 
 	ok := "added Control Plane \"x\"\nswitched active Control Plane to \"x\"\n"
@@ -284,8 +294,33 @@ func TestTLS(t *testing.T) {
 	if seen.Header.Get("Authorization") != "Bearer my.jwt" || seen.Header.Get("X-A") != "b" {
 		t.Errorf("headers %v", seen.Header)
 	}
+	// The older names, a blank argument as of a backslash with a space behind it,
+	// and a path that is right from elsewhere too.
+	seen = nil
+	t.Chdir(m.home)
+	add("--ca-cert-file", "tls.crt", "--admin-client-cert", client, "--admin-client-key", clientKey, " ").
+		want(t, 0, ok, "Warning: --admin-client-cert is deprecated; use --client-cert-file\nWarning: --admin-client-key is deprecated; use --client-key-file\n")
+	if len(seen.TLS.PeerCertificates) != 1 {
+		t.Error("the client's certificate was not shown")
+	}
+	t.Chdir("/")
+	m.run("version").want(t, 0, "…Server: Kuma", "")
 	add("--skip-verify").want(t, 0, ok, "…is not verified (skipVerify)")
+	add("--skip-verify", "--skip-check").want(t, 0, ok, "…is not verified (skipVerify)")
+	add("--skip-check", "--address=http://127.0.0.1:1", "--admin-client-cert", client, "--admin-client-key", clientKey).want(t, 0, ok, "…is without TLS, so no certificate is shown or verified")
+	add("--skip-verify")
 	m.run("version").want(t, 0, "…Server: Kuma", "…is not verified (skipVerify)")
+
+	// A server that demands a certificate, and one that trusts another's.
+	pool := x509.NewCertPool()
+	pool.AddCert(pair.Leaf)
+	strict := httptest.NewUnstartedServer(s.Config.Handler)
+	strict.Config.ErrorLog = log.New(io.Discard, "", 0)
+	strict.TLS = &tls.Config{Certificates: []tls.Certificate{pair}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: pool}
+	strict.StartTLS()
+	defer strict.Close()
+	add("--address", strict.URL, "--ca-cert-file", cert).want(t, 1, "", "…it wants a client certificate")
+	add("--address", strict.URL, "--ca-cert-file", cert, "--client-cert-file", client, "--client-key-file", clientKey).want(t, 1, "", "…does the control plane know its authority?")
 
 	plain := strings.Replace(s.URL, "https://", "http://", 1)
 	m.run("config", "control-planes", "add", "--name=y", "--address", plain).want(t, 1, "", "…")
