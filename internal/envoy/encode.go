@@ -36,6 +36,9 @@ func (c *Config) Encode() (Resources, error) {
 		}
 		e.inbound(in)
 	}
+	for _, s := range c.System {
+		e.system(s)
+	}
 	for _, o := range c.Outbounds {
 		known := o.Cluster == nil || e.out[ClusterType][o.Cluster.Name] != nil
 		switch {

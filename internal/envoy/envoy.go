@@ -46,6 +46,8 @@ type Config struct {
 	// Inbounds and Outbounds are in the order of the Dataplane.
 	Inbounds  []*Inbound
 	Outbounds []*Outbound
+	// System are listeners for the proxy's own sake; policies leave them alone.
+	System []*System
 	// Endpoints are the endpoint sets of the outbounds' clusters. They are packed
 	// already, for proxies share them.
 	Endpoints []*Packed

@@ -39,3 +39,7 @@ func BuiltinKeySecret(mesh, backend string) string { return mesh + ".ca-builtin-
 // AdminUserToken is the name of the GlobalSecret with the first
 // administrator's token.
 const AdminUserToken = "admin-user-token"
+
+// EnvoyAdminCA is the name of the GlobalSecret with the authority of the admin
+// listeners of proxies without a link: a certificate and then its key, PEM.
+const EnvoyAdminCA = "envoy-admin-ca"

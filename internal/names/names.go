@@ -47,6 +47,15 @@ func Outbound(address string, port uint32) string { return "outbound:" + hostPor
 // behind an inbound, "localhost:<port>".
 func LocalCluster(port uint32) string { return "localhost:" + strconv.Itoa(int(port)) }
 
+// Names of what a proxy without a link gets for its admin interface.
+const (
+	// EnvoyAdmin is the name of the listener on the network, its virtual host, and
+	// the cluster that leads to Envoy's admin interface.
+	EnvoyAdmin = "kuma:envoy:admin"
+	// Readiness is the name of the cluster that leads to kuma-dp's readiness.
+	Readiness = "kuma:readiness"
+)
+
 // IdentitySecret is the name of the secret with a proxy's certificate for
 // Mesh.mtls, "identity_cert:secret:<mesh>".
 func IdentitySecret(mesh string) string { return "identity_cert:secret:" + mesh }
@@ -167,6 +176,10 @@ func (s Sockets) AccessLog() string { return s.join("kuma-al-" + s.Proxy + "-" +
 
 // Metrics is kuma-dp's own socket for merged metrics.
 func (s Sockets) Metrics() string { return s.join("kuma-mh-" + s.Proxy + "-" + s.Mesh) }
+
+// DynamicConfig is the socket at which Envoy answers kuma-dp about policies
+// that concern kuma-dp itself.
+func (s Sockets) DynamicConfig() string { return s.join("kuma-mesh-metric-config") }
 
 // Admin is the socket of Envoy's admin interface.
 func (s Sockets) Admin() string { return s.join("kuma-envoy-admin") }

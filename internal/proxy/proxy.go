@@ -33,6 +33,9 @@ type Proxy struct {
 	EnvoyVersion string
 	// AccessLogPath is where kuma-dp reads logs; "" means that it does not.
 	AccessLogPath string
+	// Admin opens Envoy's admin interface to the control plane; nil, and always
+	// for a linked proxy, means that it stays closed.
+	Admin *Admin
 }
 
 // Config is what a Generator needs.
@@ -153,6 +156,7 @@ func (w *work) build(policies []policy.Prepared, except []resource.Key, share bo
 		return nil, failed, err
 	}
 	w.trust()
+	w.admin()
 	return w.out, nil, nil
 }
 
@@ -226,6 +230,9 @@ func (g *Generator) Affected(pic *state.Picture, p Proxy, changes []state.Change
 		c := &changes[i]
 		if c.Key.Mesh == "" {
 			if c.Key.Kind == mesh.Meshes.Name && c.Key.Name == p.Key.Mesh {
+				return true
+			}
+			if !p.Link && c.Key == mesh.GlobalSecrets.Key("", mesh.EnvoyAdminCA) {
 				return true
 			}
 			continue

@@ -60,6 +60,9 @@ type Node struct {
 	AdminSocket  string
 	AdminAddress string
 	AdminPort    uint32
+	// ReadinessPort is where kuma-dp says on loopback whether the proxy is ready;
+	// 0 where it does not say.
+	ReadinessPort uint32
 	// Workdir is kuma-dp's working directory.
 	Workdir string
 	// Own: the proxy is run by our own kuma-dp, which says its instance.
@@ -96,15 +99,16 @@ func ParseNode(n *corev3.Node, remote string) (*Node, error) {
 		return nil, errs.New(errs.Invalid, "unsupported proxy type %q", t)
 	}
 	out := &Node{
-		Key:          key,
-		Instance:     text(fields, "dataplane.instance"),
-		Dataplane:    text(fields, "dataplane.resource"),
-		AdminSocket:  text(fields, "dataplane.admin.socketPath"),
-		Workdir:      text(fields, "workdir"),
-		Own:          text(fields, "dataplane.instance") != "",
-		AdminAddress: text(fields, "dataplane.admin.address"),
-		AdminPort:    port(fields, "dataplane.admin.port"),
-		Transparent:  fields["transparentProxy"].GetStructValue() != nil,
+		Key:           key,
+		Instance:      text(fields, "dataplane.instance"),
+		Dataplane:     text(fields, "dataplane.resource"),
+		AdminSocket:   text(fields, "dataplane.admin.socketPath"),
+		Workdir:       text(fields, "workdir"),
+		Own:           text(fields, "dataplane.instance") != "",
+		AdminAddress:  text(fields, "dataplane.admin.address"),
+		AdminPort:     port(fields, "dataplane.admin.port"),
+		ReadinessPort: port(fields, "dataplane.readinessReporter.port"),
+		Transparent:   fields["transparentProxy"].GetStructValue() != nil,
 	}
 	if len(out.Instance) > maxInstance {
 		return nil, errs.New(errs.Invalid, "dataplane.instance of the node metadata is longer than %d bytes", maxInstance)

@@ -12,6 +12,7 @@ import (
 	"kuma/internal/auth"
 	"kuma/internal/errs"
 	"kuma/internal/mesh"
+	"kuma/internal/pki"
 	"kuma/internal/pki/builtin"
 	"kuma/internal/resource"
 	"kuma/internal/store"
@@ -170,8 +171,8 @@ func (k *Keeper) admin(all []*resource.Resource, there []string) ([]store.Write,
 }
 
 // Prepare makes what a control plane needs before it serves anyone: signing
-// keys where there are none at all, the administrator's token, this zone's
-// Zone, and, in a store that nothing was ever written to, the Mesh "default".
+// keys where there are none at all, the administrator's token, the authority of
+// the admin listeners of proxies without a link, this zone's Zone, and, in a store that nothing was ever written to, the Mesh "default".
 // It is one transaction: a start that is cut short leaves no half.
 func (k *Keeper) Prepare(ctx context.Context) error {
 	all, revision, err := k.cfg.Store.List(ctx, mesh.GlobalSecrets.Name, "")
@@ -204,6 +205,17 @@ func (k *Keeper) Prepare(ctx context.Context) error {
 			return err
 		}
 		add(store.Create(mesh.GlobalSecrets.Make("", token.KeyName(token.ZoneKeyPrefix, 1), &mesh.SecretSpec{Data: pem})))
+		return nil
+	})
+	g.Go(func() error {
+		if slices.Contains(there, mesh.EnvoyAdminCA) {
+			return nil
+		}
+		pair, err := pki.NewAdminCA()
+		if err != nil {
+			return err
+		}
+		add(store.Create(mesh.GlobalSecrets.Make("", mesh.EnvoyAdminCA, &mesh.SecretSpec{Data: pair})))
 		return nil
 	})
 	g.Go(func() error {

@@ -51,7 +51,7 @@ func TestFirstStartAndLaterOnes(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []string{
-		`GlobalSecret "admin-user-token"`, `GlobalSecret "user-token-signing-key-1"`, `GlobalSecret "zone-token-signing-key-1"`,
+		`GlobalSecret "admin-user-token"`, `GlobalSecret "envoy-admin-ca"`, `GlobalSecret "user-token-signing-key-1"`, `GlobalSecret "zone-token-signing-key-1"`,
 		`Mesh "default"`, `Zone "default"`,
 		`Secret "dataplane-token-signing-key-default-1" in mesh "default"`, `TrafficPermission "allow-all-default" in mesh "default"`,
 	}
