@@ -54,6 +54,10 @@ func (c *Config) Encode() (Resources, error) {
 			e.put(ListenerType, o.sealed.listener)
 		}
 	}
+	for _, d := range c.Doors {
+		e.door(d)
+	}
+	e.documents(c)
 	if e.err != nil {
 		return nil, e.err
 	}

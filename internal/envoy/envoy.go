@@ -43,11 +43,17 @@ func IsHTTP(protocol string) bool {
 type Config struct {
 	// Mesh is the proxy's mesh; its name is the trust domain.
 	Mesh string
+	// Self is the proxy; nil where the configuration is that of an outbound alone.
+	Self *Self
 	// Inbounds and Outbounds are in the order of the Dataplane.
 	Inbounds  []*Inbound
 	Outbounds []*Outbound
 	// System are listeners for the proxy's own sake; policies leave them alone.
 	System []*System
+	// Doors lead to programs beside the proxy.
+	Doors []*Door
+	// Documents are what kuma-dp asks its Envoy for.
+	Documents []Document
 	// Endpoints are the endpoint sets of the outbounds' clusters. They are packed
 	// already, for proxies share them.
 	Endpoints []*Packed

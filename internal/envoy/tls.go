@@ -47,16 +47,20 @@ func identitySource(link bool) *corev3.ConfigSource {
 	}
 }
 
-// commonTLS is what both ends of a connection between proxies have in common:
-// TLS 1.2 for proxies of other makers, 1.3 and the post-quantum key exchange
-// wherever both ends have them.
+// tlsParams are TLS 1.2 for clients of other makers, 1.3 and the post-quantum
+// key exchange wherever both ends have them.
+func tlsParams() *tlsv3.TlsParameters {
+	return &tlsv3.TlsParameters{
+		TlsMinimumProtocolVersion: tlsv3.TlsParameters_TLSv1_2,
+		TlsMaximumProtocolVersion: tlsv3.TlsParameters_TLSv1_3,
+		EcdhCurves:                []string{"X25519MLKEM768", "X25519", "P-256"},
+	}
+}
+
+// commonTLS is what both ends of a connection between proxies have in common.
 func commonTLS(mesh string, link bool, peers ...*tlsv3.SubjectAltNameMatcher) *tlsv3.CommonTlsContext {
 	return &tlsv3.CommonTlsContext{
-		TlsParams: &tlsv3.TlsParameters{
-			TlsMinimumProtocolVersion: tlsv3.TlsParameters_TLSv1_2,
-			TlsMaximumProtocolVersion: tlsv3.TlsParameters_TLSv1_3,
-			EcdhCurves:                []string{"X25519MLKEM768", "X25519", "P-256"},
-		},
+		TlsParams:                      tlsParams(),
 		TlsCertificateSdsSecretConfigs: []*tlsv3.SdsSecretConfig{{Name: names.IdentitySecret(mesh), SdsConfig: identitySource(link)}},
 		ValidationContextType: &tlsv3.CommonTlsContext_CombinedValidationContext{CombinedValidationContext: &tlsv3.CommonTlsContext_CombinedCertificateValidationContext{
 			DefaultValidationContext:         &tlsv3.CertificateValidationContext{MatchTypedSubjectAltNames: peers},

@@ -390,6 +390,9 @@ func checkDataplane(d *DataplaneSpec) (bad []errs.Field) {
 		}
 		listens[where] = at
 	}
+	if d.Metrics != nil {
+		bad = append(bad, checkMetrics("metrics", d.Metrics)...)
+	}
 	if t := n.TransparentProxying; t != nil {
 		for _, p := range []struct {
 			name string

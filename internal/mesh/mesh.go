@@ -121,19 +121,6 @@ type LoggingBackend struct {
 	Conf   json.RawMessage `json:"conf,omitempty"`
 }
 
-// Metrics declares metrics backends.
-type Metrics struct {
-	EnabledBackend string           `json:"enabledBackend,omitempty"`
-	Backends       []MetricsBackend `json:"backends,omitempty"`
-}
-
-// MetricsBackend is how proxies expose metrics.
-type MetricsBackend struct {
-	Name string          `json:"name,omitempty"`
-	Type string          `json:"type,omitempty"`
-	Conf json.RawMessage `json:"conf,omitempty"`
-}
-
 // MeshNetworking holds settings of all proxies' connections.
 type MeshNetworking struct {
 	Outbound *MeshOutbound `json:"outbound,omitempty"`
@@ -315,8 +302,9 @@ func checkNamedBackends(m *MeshSpec) (bad []errs.Field) {
 	}
 	list = nil
 	if t := m.Metrics; t != nil {
-		for _, b := range t.Backends {
-			list = append(list, b.Name)
+		for i := range t.Backends {
+			list = append(list, t.Backends[i].Name)
+			bad = append(bad, checkMetrics(fmt.Sprintf("metrics.backends[%d]", i), &t.Backends[i])...)
 		}
 		check("metrics", "enabledBackend", t.EnabledBackend, list)
 	}

@@ -31,7 +31,7 @@ type Policy interface {
 type Prepared interface {
 	// Apply changes the configuration of the proxy as the policies that select it
 	// say, except those left out. On an error the configuration is half changed:
-	// make it anew. In a configuration without inbounds only "to" counts.
+	// make it anew. In a configuration without Self only "to" counts.
 	Apply(c *envoy.Config, d mesh.Dataplane, except []resource.Key) error
 	// Towards appends to b what tells the selected policies with a "to" from any
 	// other choice among these: where it is the same, Apply does the same to an
@@ -57,7 +57,16 @@ func New[C any](k resource.Kind, check func(*Spec[C]) []errs.Field, apply func(*
 	}
 	traits.TargetRef = true
 	k.Policy = &traits
-	return typed[C]{resource.Define(k, check), apply}
+	return typed[C]{resource.Define(k, func(s *Spec[C]) []errs.Field {
+		var bad []errs.Field
+		if s.Default != nil && !traits.Default {
+			bad = append(bad, errs.Field{Path: "spec.default", Message: "is not supported by this policy: write it within 'to', 'from' or 'rules'"})
+		}
+		if check != nil {
+			bad = append(bad, check(s)...)
+		}
+		return bad
+	}), apply}
 }
 
 type typed[C any] struct {
@@ -145,7 +154,7 @@ func (p *prepared[C]) Towards(b []byte, d mesh.Dataplane) []byte {
 }
 
 func (p *prepared[C]) Apply(c *envoy.Config, d mesh.Dataplane, except []resource.Key) (err error) {
-	r := p.rules(d, except, len(c.Inbounds) == 0)
+	r := p.rules(d, except, c.Self == nil)
 	if len(r.policies) == 0 {
 		return nil
 	}
@@ -173,6 +182,32 @@ func (p *prepared[C]) Selected(d mesh.Dataplane) []*resource.Resource {
 type Rules[C any] struct {
 	policies []*entry[C]
 	to       []toItem[C]
+}
+
+// Proxy returns the merged configuration of a policy that speaks of the proxy
+// as a whole. It is false where no policy selects the proxy.
+func (r Rules[C]) Proxy() (C, bool) {
+	conf, origins := r.proxy()
+	return conf, len(origins) > 0
+}
+
+// Last is the policy that wins, for what is told of the configuration as a
+// whole; nil where there is none.
+func (r Rules[C]) Last() *resource.Resource {
+	if len(r.policies) == 0 {
+		return nil
+	}
+	return r.policies[len(r.policies)-1].res
+}
+
+func (r Rules[C]) proxy() (conf C, origins []Origin) {
+	for _, e := range r.policies {
+		if e.spec.Default != nil {
+			Merge(&conf, e.spec.Default)
+			origins = append(origins, Origin{e.res, 0})
+		}
+	}
+	return conf, origins
 }
 
 // Outbound returns the merged configuration towards a destination. It is false
@@ -302,9 +337,19 @@ type Origin struct {
 type Applied struct {
 	Kind *resource.Kind
 	// Policies are those that select the proxy; later ones win.
-	Policies  []*resource.Resource
+	Policies []*resource.Resource
+	// Proxy is what holds for the proxy as a whole; nil for kinds that speak of
+	// inbounds and outbounds.
+	Proxy     *AppliedProxy
 	Inbounds  []AppliedInbound
 	Outbounds []AppliedOutbound
+}
+
+// AppliedProxy is what holds for a proxy as a whole.
+type AppliedProxy struct {
+	// Conf is a pointer to the kind's configuration type.
+	Conf    any
+	Origins []Origin
 }
 
 // AppliedInbound is what holds for an inbound.
@@ -332,6 +377,9 @@ func (p *prepared[C]) Explain(c *envoy.Config, d mesh.Dataplane) Applied {
 	out := Applied{Kind: p.policy.t.Kind}
 	for _, e := range r.policies {
 		out.Policies = append(out.Policies, e.res)
+	}
+	if conf, origins := r.proxy(); len(origins) > 0 {
+		out.Proxy = &AppliedProxy{&conf, origins}
 	}
 	for _, in := range c.Inbounds {
 		for _, m := range r.Matched(in) {

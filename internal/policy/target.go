@@ -21,6 +21,8 @@ type Spec[C any] struct {
 	// TargetRef selects the proxies, or some of their inbounds; all of the mesh
 	// where it is left out.
 	TargetRef *TargetRef `json:"targetRef,omitempty"`
+	// Default is the configuration of a policy that speaks of the proxy as a whole.
+	Default *C `json:"default,omitempty"`
 	// To is about traffic from the selected proxies to destinations.
 	To []Item[C] `json:"to,omitempty"`
 	// From is about traffic to the selected inbounds from callers.

@@ -28,6 +28,9 @@ type Proxy struct {
 	Link bool
 	// Features are those that kuma-dp announced, such as "feature-reuse-port".
 	Features map[string]bool
+	// MetricsCert and MetricsKey are files, where kuma-dp runs, with which Envoy is
+	// to serve metrics; empty where kuma-dp names none.
+	MetricsCert, MetricsKey string
 	// Workdir is kuma-dp's, and EnvoyVersion that of its Envoy, such as "1.40.0".
 	Workdir      string
 	EnvoyVersion string
@@ -145,8 +148,10 @@ func (g *Generator) start(pic *state.Picture, p Proxy) (*work, error) {
 // stops at the first kind that fails. Shared outbounds are sealed.
 func (w *work) build(policies []policy.Prepared, except []resource.Key, share bool) (c *envoy.Config, failed policy.Prepared, err error) {
 	w.out = &envoy.Config{Mesh: w.mesh.Name}
+	w.self()
 	w.inbounds()
 	w.permissions()
+	w.metrics()
 	for _, p := range policies {
 		if err := p.Apply(w.out, w.dp, except); err != nil {
 			return nil, p, err

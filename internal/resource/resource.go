@@ -131,9 +131,11 @@ type PolicyTraits struct {
 	// TargetRef: the policy selects proxies by a targetRef (the present
 	// generation), not by sources and destinations.
 	TargetRef bool
-	To        bool
-	From      bool
-	Rules     bool
+	// Default: the policy has one configuration for the proxy as a whole.
+	Default bool
+	To      bool
+	From    bool
+	Rules   bool
 	// FromAsRules: entries of "from" are taken as rules without matches.
 	FromAsRules bool
 }

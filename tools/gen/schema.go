@@ -152,7 +152,7 @@ func (s *source) specOf(k *resource.Kind) (*schema, error) {
 		return nil, err
 	}
 	if p := k.Policy; p != nil && p.TargetRef {
-		unused := map[string]bool{"to": !p.To, "from": !p.From, "rules": !p.Rules}
+		unused := map[string]bool{"default": !p.Default, "to": !p.To, "from": !p.From, "rules": !p.Rules}
 		spec.Properties = slices.DeleteFunc(spec.Properties, func(field property) bool { return unused[field.name] })
 	}
 	return spec, nil
