@@ -54,7 +54,8 @@ type Config struct {
 
 // Issuer issues the certificates of proxies. It alone calls an authority.
 type Issuer struct {
-	cfg Config
+	cfg     Config
+	metrics *Metrics
 
 	mu          sync.Mutex
 	authorities map[string]opened
@@ -69,7 +70,12 @@ type opened struct {
 }
 
 // New makes an Issuer.
-func New(cfg Config) *Issuer { return &Issuer{cfg: cfg, authorities: map[string]opened{}} }
+func New(cfg Config) *Issuer {
+	return &Issuer{cfg: cfg, metrics: newMetrics(), authorities: map[string]opened{}}
+}
+
+// Metrics returns what the issuer counts.
+func (i *Issuer) Metrics() *Metrics { return i.metrics }
 
 // Wanted returns the certificates that the Dataplane's proxy should have: none
 // where its mesh has no mutual TLS, or the Dataplane names no service.
@@ -121,7 +127,7 @@ func (i *Issuer) Keyed(ctx context.Context, pic *state.Picture, dp mesh.Dataplan
 	return c, pem, err
 }
 
-func (i *Issuer) issue(ctx context.Context, pic *state.Picture, dp mesh.Dataplane, secret string, key pki.PublicKey) (Certificate, error) {
+func (i *Issuer) issue(ctx context.Context, pic *state.Picture, dp mesh.Dataplane, secret string, key pki.PublicKey) (c Certificate, err error) {
 	fail := func(err error) (Certificate, error) {
 		return Certificate{}, errs.New(errs.KindOf(err), "issue a certificate for %s: %w", dp.Key(), err)
 	}
@@ -129,8 +135,15 @@ func (i *Issuer) issue(ctx context.Context, pic *state.Picture, dp mesh.Dataplan
 	if wanted == nil {
 		return fail(errs.New(errs.Invalid, "there is no certificate %q for it now", secret))
 	}
+	start := time.Now()
 	m := pic.Mesh(dp.Mesh)
 	backend := m.Spec.EnabledBackend()
+	// Who changes while this goes on is asked to come again: that is no failure.
+	defer func() {
+		if !errs.Is(err, errs.Conflict) {
+			i.metrics.count(dp.Mesh, c, start, err)
+		}
+	}()
 	authority, err := i.authority(m, backend)
 	if err != nil {
 		return fail(err)
@@ -144,7 +157,7 @@ func (i *Issuer) issue(ctx context.Context, pic *state.Picture, dp mesh.Dataplan
 	if err != nil {
 		return fail(err)
 	}
-	c, err := authority.Issue(ctx, prepared, key)
+	issued, err := authority.Issue(ctx, prepared, key)
 	if err != nil {
 		return fail(err)
 	}
@@ -159,10 +172,10 @@ func (i *Issuer) issue(ctx context.Context, pic *state.Picture, dp mesh.Dataplan
 		return fail(errs.New(errs.Conflict, "it changed meanwhile"))
 	}
 	return Certificate{
-		Chain: c.Chain, NotBefore: c.Leaf.NotBefore, NotAfter: c.Leaf.NotAfter,
+		Chain: issued.Chain, NotBefore: issued.Leaf.NotBefore, NotAfter: issued.Leaf.NotAfter,
 		// From now on: its life on paper began a little earlier, for clocks that
 		// are late.
-		RenewAt: pki.RenewAt(time.Now(), c.Leaf.NotAfter, rand.Float64()),
+		RenewAt: pki.RenewAt(time.Now(), issued.Leaf.NotAfter, rand.Float64()),
 		Backend: backend.Name, Revision: wanted.Revision,
 	}, nil
 }

@@ -10,7 +10,6 @@ import (
 	"log/slog"
 	"runtime/debug"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -79,20 +78,6 @@ type Server struct {
 	conns map[session.Key]*conn
 }
 
-// Stats counts what a Server did. Read it while it runs.
-type Stats struct {
-	// Streams is how many links are open now.
-	Streams atomic.Int64
-	// Issued and Failed count certificates.
-	Issued, Failed atomic.Uint64
-	// Left counts announced leavings.
-	Left atomic.Uint64
-	// Denied counts refusals that Envoys reported, those not listed included.
-	Denied atomic.Uint64
-	// Panics counts streams that ended by a fault of ours.
-	Panics atomic.Uint64
-}
-
 // New makes a Server; Register adds it to a gRPC server.
 func New(c Config) *Server {
 	if c.RetryBase == 0 {
@@ -110,13 +95,15 @@ func New(c Config) *Server {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Server{cfg: c, conns: map[session.Key]*conn{}}
+	s := &Server{cfg: c, conns: map[session.Key]*conn{}}
+	s.stats.open()
+	return s
 }
 
 // Register adds the link to a gRPC server.
 func (s *Server) Register(g grpc.ServiceRegistrar) { linkpb.RegisterLinkServer(g, s) }
 
-// Stats returns the server's counters.
+// Stats returns the server's counters, which are its metrics, too.
 func (s *Server) Stats() *Stats { return &s.stats }
 
 // stream is kuma-dp's.

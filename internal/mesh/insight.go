@@ -106,6 +106,23 @@ func (d *DataplaneInsightSpec) Online() bool {
 	return false
 }
 
+// Left is when the proxy's last stream ended; zero while one is open, and for a
+// proxy that has never had any.
+func (d *DataplaneInsightSpec) Left() time.Time {
+	var last time.Time
+	for i := range d.Subscriptions {
+		s := &d.Subscriptions[i]
+		switch {
+		case s.ConnectTime == nil:
+		case s.DisconnectTime == nil:
+			return time.Time{}
+		case s.DisconnectTime.After(last):
+			last = *s.DisconnectTime
+		}
+	}
+	return last
+}
+
 // DataplaneInsights is the kind DataplaneInsight.
 var DataplaneInsights = resource.Define[DataplaneInsightSpec](resource.Kind{
 	Name: "DataplaneInsight", Plural: "dataplane-insights", Singular: "dataplane-insight", Scope: resource.Mesh, Shape: resource.Flat,

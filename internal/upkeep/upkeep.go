@@ -28,6 +28,11 @@ type Config struct {
 	// ServiceGrace is how long a generated MeshService outlives its last
 	// Dataplane; the default is one hour.
 	ServiceGrace time.Duration
+	// CleanupAge is how long a Dataplane outlives the last stream of its proxy
+	// where nobody withdrew it; the default is 72 hours.
+	CleanupAge time.Duration
+	// Here reports whether a proxy has a stream open now; it may be nil.
+	Here func(mesh, name string) bool
 	// SkipMesh: make no Mesh "default" at the very first start.
 	SkipMesh bool
 	// RoutingResources: also make the older allow-all TrafficPermission.
@@ -45,7 +50,8 @@ type Keeper struct {
 	cfg Config
 	// spare holds a signing key that was made while there was time: making one
 	// takes some tenths of a second, and a new Mesh wants one at once.
-	spare chan []byte
+	spare   chan []byte
+	metrics *Metrics
 }
 
 // New makes a keeper.
@@ -53,8 +59,14 @@ func New(cfg Config) *Keeper {
 	if cfg.ServiceGrace == 0 {
 		cfg.ServiceGrace = time.Hour
 	}
-	return &Keeper{cfg, make(chan []byte)}
+	if cfg.CleanupAge == 0 {
+		cfg.CleanupAge = 72 * time.Hour
+	}
+	return &Keeper{cfg, make(chan []byte), newMetrics()}
 }
+
+// Metrics returns what the keeper counts.
+func (k *Keeper) Metrics() *Metrics { return k.metrics }
 
 // Run keeps MeshServices and insights in line with the Dataplanes, whenever
 // something changes.
@@ -136,24 +148,42 @@ func matters(changes []state.Change) bool {
 func (k *Keeper) tidy(ctx context.Context, pic *state.Picture) <-chan time.Time {
 	now := time.Now()
 	var next time.Time
-	var writes []store.Write
-	for _, name := range pic.Meshes() {
-		m := pic.Mesh(name)
-		w, again := services(m, k.cfg.Zone, k.cfg.ServiceGrace, now, k.cfg.Log)
-		writes = append(writes, w...)
+	look := func(again time.Time) {
 		if !again.IsZero() && (next.IsZero() || again.Before(next)) {
 			next = again
 		}
+	}
+	var writes []store.Write
+	var generated, cleaned time.Duration
+	for _, name := range pic.Meshes() {
+		m := pic.Mesh(name)
+		begun := time.Now()
+		w, again := services(m, k.cfg.Zone, k.cfg.ServiceGrace, now, k.cfg.Log)
+		writes = append(writes, w...)
+		look(again)
+		generated += time.Since(begun)
+		begun = time.Now()
+		w, again = expired(m, k.cfg.CleanupAge, now, k.cfg.Here)
+		writes = append(writes, w...)
+		look(again)
+		cleaned += time.Since(begun)
 		for _, r := range m.List(mesh.DataplaneInsights.Name) {
 			if m.Get(mesh.Dataplanes.Name, r.Name) == nil {
 				writes = append(writes, store.Write{Key: r.Key(), If: store.Condition{Version: r.Version}})
 			}
 		}
 	}
+	k.metrics.services.Observe(float64(generated) / float64(time.Millisecond))
+	k.metrics.cleanup.Observe(float64(cleaned) / float64(time.Millisecond))
 	// A write that another overtook is repeated when that one shows in the
 	// picture; one at a time, so that it holds up no other.
 	for _, w := range writes {
-		if _, err := k.cfg.Store.Put(ctx, w); err != nil && !errs.Is(err, errs.Conflict) && !errs.Is(err, errs.NotFound) && ctx.Err() == nil {
+		_, err := k.cfg.Store.Put(ctx, w)
+		if err == nil && w.Resource == nil && w.Key.Kind == mesh.Dataplanes.Name {
+			k.metrics.removed.Inc()
+			k.cfg.Log.Info("a Dataplane was deleted whose proxy had been gone for too long", "mesh", w.Key.Mesh, "name", w.Key.Name, "longer than", k.cfg.CleanupAge)
+		}
+		if err != nil && !errs.Is(err, errs.Conflict) && !errs.Is(err, errs.NotFound) && ctx.Err() == nil {
 			k.cfg.Log.Error("upkeep could not write", "resource", w.Key.String(), "error", err)
 			next = now.Add(5 * time.Second)
 		}
