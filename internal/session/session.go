@@ -7,6 +7,7 @@ package session
 import (
 	"context"
 	"log/slog"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -125,6 +126,7 @@ type Stream struct {
 	reg        *Registry
 	session    *session
 	credential auth.Proxy
+	remote     netip.AddrPort
 	ended      chan struct{}
 	cause      error // set before ended is closed
 	signal     chan struct{}
@@ -169,7 +171,7 @@ func (r *Registry) enter(ctx context.Context, kind Kind, node *Node, token strin
 	}
 	var patience <-chan time.Time
 	for {
-		st, gone := r.take(kind, node, credential)
+		st, gone := r.take(kind, node, credential, remoteAddr(ctx))
 		if st != nil {
 			return st, nil
 		}
@@ -187,7 +189,7 @@ func (r *Registry) enter(ctx context.Context, kind Kind, node *Node, token strin
 }
 
 // take gives the stream its place, or returns what to wait for.
-func (r *Registry) take(kind Kind, node *Node, credential auth.Proxy) (st *Stream, gone <-chan struct{}) {
+func (r *Registry) take(kind Kind, node *Node, credential auth.Proxy, remote netip.AddrPort) (st *Stream, gone <-chan struct{}) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	s := r.sessions[node.Key]
@@ -208,7 +210,7 @@ func (r *Registry) take(kind Kind, node *Node, credential auth.Proxy) (st *Strea
 	}
 	r.sessions[node.Key] = s
 	s.stop()
-	st = &Stream{Node: node, Kind: kind, reg: r, session: s, credential: credential, ended: make(chan struct{}), signal: make(chan struct{}, 1)}
+	st = &Stream{Node: node, Kind: kind, reg: r, session: s, credential: credential, remote: remote, ended: make(chan struct{}), signal: make(chan struct{}, 1)}
 	if old := s.streams[kind]; old != nil {
 		old.end(errs.New(errs.Conflict, "a newer stream of the same proxy has taken over"))
 	} else {
