@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"kuma/internal/auth"
+	"kuma/internal/pki"
 )
 
 // Config is the control plane's configuration: the sum of what its parts need.
@@ -30,6 +31,8 @@ type Config struct {
 	Diagnostics Diagnostics `json:"diagnostics"`
 	// Multizone names this zone.
 	Multizone Multizone `json:"multizone"`
+	// InterCP is about what control planes tell each other.
+	InterCP InterCP `json:"interCp"`
 	// Defaults is about what is made at the first start.
 	Defaults Defaults `json:"defaults"`
 	// Metrics bounds what is kept of the past.
@@ -58,6 +61,15 @@ type General struct {
 	// TLSCipherSuites lists Go's names of suites for TLS 1.2; empty means Go's
 	// own choice.
 	TLSCipherSuites []string `json:"tlsCipherSuites"`
+	// TLSReloadInterval is how often certificate files are looked at for changes
+	// (ours).
+	TLSReloadInterval time.Duration `json:"tlsReloadInterval"`
+	// TLSRequirePQ has all servers refuse clients that don't offer the hybrid
+	// post-quantum key exchange X25519MLKEM768 (ours); it implies TLS 1.3.
+	TLSRequirePQ bool `json:"tlsRequirePQ"`
+	// AdvertisedHostname is a name or an address under which clients reach this
+	// control plane; the certificate that it makes itself is for it too.
+	AdvertisedHostname string `json:"advertisedHostname"`
 	// CertGenerationBaseBackoff is how long a proxy waits after its first
 	// failure to get a certificate, CertGenerationMaxBackoff at most.
 	CertGenerationBaseBackoff time.Duration `json:"certGenerationBaseBackoff"`
@@ -121,6 +133,8 @@ type APIServer struct {
 	Strict bool  `json:"strict"`
 	HTTP   HTTP  `json:"http"`
 	HTTPS  HTTPS `json:"https"`
+	// Auth names whose client certificates are taken.
+	Auth ClientAuth `json:"auth"`
 	// Authn is how callers are authenticated.
 	Authn auth.UsersConfig `json:"authn"`
 	// CORSAllowedDomains are origins, or regular expressions of them, whose
@@ -138,6 +152,13 @@ type APIServer struct {
 	IdleTimeout       time.Duration `json:"idleTimeout"`
 }
 
+// ClientAuth names whose client certificates are taken.
+type ClientAuth struct {
+	// ClientCertsDir is a directory whose *.pem and *.crt files hold authorities
+	// of clients' certificates, or such certificates themselves.
+	ClientCertsDir string `json:"clientCertsDir"`
+}
+
 // HTTP is the API without TLS.
 type HTTP struct {
 	Enabled   bool   `json:"enabled"`
@@ -150,23 +171,18 @@ type HTTPS struct {
 	Enabled   bool   `json:"enabled"`
 	Interface string `json:"interface"`
 	Port      uint32 `json:"port"`
-	// TLSCertFile and TLSKeyFile are this server's own pair; empty means the
-	// general one.
-	TLSCertFile string `json:"tlsCertFile"`
-	TLSKeyFile  string `json:"tlsKeyFile"`
-	// RequireClientCert and TLSCAFile are refused: this version can't demand
-	// client certificates, and must not seem to.
-	RequireClientCert bool   `json:"requireClientCert"`
-	TLSCAFile         string `json:"tlsCaFile"`
+	ServerTLS
+	// RequireClientCert refuses clients without a certificate that TLSCAFile or
+	// Auth.ClientCertsDir vouches for.
+	RequireClientCert bool `json:"requireClientCert"`
+	// TLSCAFile holds authorities of clients' certificates, PEM.
+	TLSCAFile string `json:"tlsCaFile"`
 }
 
 // DPServer is the server that proxies connect to.
 type DPServer struct {
 	Port uint32 `json:"port"`
-	// TLSCertFile and TLSKeyFile are this server's own pair; empty means the
-	// general one.
-	TLSCertFile string `json:"tlsCertFile"`
-	TLSKeyFile  string `json:"tlsKeyFile"`
+	ServerTLS
 	// MaxConnections bounds how many connections may be open at once (ours); a
 	// proxy has three.
 	MaxConnections int `json:"maxConnections"`
@@ -205,14 +221,44 @@ type CheckDefaults struct {
 // Diagnostics is the server with health, readiness and metrics.
 type Diagnostics struct {
 	ServerPort uint32 `json:"serverPort"`
+	// TLSEnabled serves with TLS instead of without.
+	TLSEnabled bool `json:"tlsEnabled"`
+	ServerTLS
 	// Metrics serves /metrics to whoever reaches the port (ours); false answers
 	// 404.
 	Metrics bool `json:"metrics"`
 }
 
-// Multizone names this zone.
+// Multizone names this zone, and says how zones reach the global control plane.
 type Multizone struct {
-	Zone ZoneConfig `json:"zone"`
+	Global GlobalConfig `json:"global"`
+	Zone   ZoneConfig   `json:"zone"`
+}
+
+// GlobalConfig is about the global control plane.
+type GlobalConfig struct {
+	KDS KDS `json:"kds"`
+}
+
+// KDS is the server that zones connect to. This version reads and checks its
+// settings; it opens no port for it.
+type KDS struct {
+	GRPCPort uint32 `json:"grpcPort"`
+	// TLSEnabled serves with TLS instead of without.
+	TLSEnabled bool `json:"tlsEnabled"`
+	ServerTLS
+}
+
+// InterCP is about what control planes tell each other.
+type InterCP struct {
+	Server InterCPServer `json:"server"`
+}
+
+// InterCPServer is the server that other instances connect to. This version
+// reads and checks its settings; it opens no port for it.
+type InterCPServer struct {
+	Port uint32 `json:"port"`
+	ServerTLS
 }
 
 // ZoneConfig names this zone.
@@ -256,7 +302,7 @@ type IPAM struct {
 func Default() Config {
 	return Config{
 		General: General{
-			TLSMinVersion: "TLSv1_2", TLSCipherSuites: []string{},
+			TLSMinVersion: "TLSv1_2", TLSCipherSuites: []string{}, TLSReloadInterval: pki.DefaultReload,
 			CertGenerationBaseBackoff: 5 * time.Second, CertGenerationMaxBackoff: 5 * time.Minute,
 		},
 		Environment: "universal",
@@ -286,7 +332,8 @@ func Default() Config {
 			}},
 		},
 		Diagnostics: Diagnostics{ServerPort: 5680, Metrics: true},
-		Multizone:   Multizone{Zone: ZoneConfig{Name: "default"}},
+		Multizone:   Multizone{Global: GlobalConfig{KDS{GRPCPort: 5685, TLSEnabled: true}}, Zone: ZoneConfig{Name: "default"}},
+		InterCP:     InterCP{Server: InterCPServer{Port: 5683}},
 		Metrics:     Metrics{Dataplane: DataplaneMetrics{SubscriptionLimit: 2}},
 		Access:      auth.DefaultAccess(),
 		MeshService: MeshServiceConfig{DeletionGracePeriod: time.Hour},

@@ -56,11 +56,17 @@ type ControlPlane struct {
 	tracker *state.Tracker
 	keeper  *upkeep.Keeper
 
+	// files watches the certificates that the operator gave. General is what
+	// servers show that have none of their own: certs, or a pair of files.
+	files   *pki.Files
+	general certificate
+
 	// expiring are those who hold certificates; expiries asks them.
 	expiring []func() []pki.Expiry
 
 	sessions *session.Registry
 	insights *insight.Recorder
+	admin    *adminChannel
 	counted  []metric
 
 	// The servers, each with its listener.
@@ -86,6 +92,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 		return nil, fmt.Errorf("configuration: %w", err)
 	}
 	c := &ControlPlane{cfg: cfg, log: log, close: func() error { return nil }}
+	c.files = pki.NewFiles(pki.FilesConfig{Every: cfg.General.TLSReloadInterval, Log: log.With("logger", "tls")})
 	defer func() {
 		if err != nil {
 			c.shut()
@@ -108,6 +115,13 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	if err != nil {
 		return nil, err
 	}
+	c.general = c.certs
+	if cfg.General.TLSCertFile != "" {
+		if c.general, err = c.openPair("KUMA_GENERAL", cfg.General.TLSCertFile, cfg.General.TLSKeyFile); err != nil {
+			return nil, err
+		}
+	}
+	c.expiring = append(c.expiring, c.files.Expiries)
 	for _, w := range c.certs.Warnings() {
 		log.Warn("the control plane's own certificate", "warning", w)
 	}
@@ -162,7 +176,9 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 		Store: c.store, Tracker: c.tracker, Instance: instance, Every: cfg.XDSServer.DataplaneStatusFlushInterval,
 		Grace: cfg.XDSServer.ReturnDelay, Log: log.With("logger", "insight"),
 	})
-	gen := &generation{generator: generator, log: log.With("logger", "proxy")}
+	c.admin = newAdminChannel(c.tracker, c.sessions, cfg.BootstrapServer.Params.AdminPort, log.With("logger", "admin"))
+	c.expiring = append(c.expiring, c.admin.Expiries)
+	gen := &generation{generator: generator, admin: c.admin, log: log.With("logger", "proxy")}
 	ads := xds.New(xds.Config{
 		Tracker: c.tracker, Sessions: c.sessions, Generator: gen, Issuer: issuer, Insights: c.insights,
 		Health:    healthChecks(cfg.DPServer.HDS),
@@ -178,11 +194,11 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	links.Register(c.grpc)
 
 	// The proxies' port.
-	dpCerts, err := c.pair("dpServer", cfg.DPServer.TLSCertFile, cfg.DPServer.TLSKeyFile)
+	dpCert, err := c.certificateOf("KUMA_DP_SERVER", cfg.DPServer.ServerTLS)
 	if err != nil {
 		return nil, err
 	}
-	dpTLS, err := serverTLS(cfg.General, dpCerts.TLS())
+	dpTLS, err := cfg.General.tlsOf("KUMA_DP_SERVER", cfg.DPServer.ServerTLS, dpCert, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -197,7 +213,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	boot := cfg.BootstrapServer.Params
 	mux := http.NewServeMux()
 	mux.Handle("/bootstrap", bootstrap.New(bootstrap.Config{
-		Store: c.store, Credentials: bootstrapCredentials{checker}, CA: dpCerts.CA, Hosts: dpCerts.SANs,
+		Store: c.store, Credentials: bootstrapCredentials{checker}, CA: dpCert.CA, Hosts: dpCert.SANs,
 		XDSHost: boot.XDSHost, XDSPort: boot.XDSPort, Port: cfg.DPServer.Port,
 		AdminAddress: boot.AdminAddress, AdminPort: boot.AdminPort, AdminUnixSocket: boot.EnvoyAdminUnixSocket, AdminAccessLogPath: boot.AdminAccessLogPath,
 		ReadinessPort: boot.ReadinessPort, ConnectTimeout: boot.XDSConnectTimeout, HDS: cfg.DPServer.HDS.Enabled,
@@ -216,7 +232,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 			Product: build.Product, Version: build.Version, InstanceID: instance, ClusterID: clusterID(c.certs.CA()), Hostname: host, BasedOnKuma: contract,
 		},
 		Settings:  func() ([]byte, error) { return conf.Redacted(cfg) },
-		Inspector: inspector{links}, Explainer: explainer{generator, c.tracker, c.sessions},
+		Inspector: inspector{links, c.admin}, Explainer: explainer{generator, c.tracker, c.sessions, c.admin},
 		Lenient: !cfg.APIServer.Strict, ReadOnly: cfg.APIServer.ReadOnly, BasePath: cfg.APIServer.BasePath,
 		CORSAllowedDomains: cfg.APIServer.CORSAllowedDomains, Log: log.With("logger", "rest"),
 	})
@@ -287,18 +303,6 @@ func (c *ControlPlane) openStore(path string) error {
 	return nil
 }
 
-// pair is a server's own certificate where it has one, else the general one.
-func (c *ControlPlane) pair(what, cert, key string) (*pki.ControlPlane, error) {
-	if cert == "" {
-		return c.certs, nil
-	}
-	p, err := pki.OpenControlPlane(pki.ControlPlaneConfig{CertFile: cert, KeyFile: key})
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", what, err)
-	}
-	return p, nil
-}
-
 // openAPI opens the ports of the API.
 func (c *ControlPlane) openAPI(api *rest.Server, users *auth.Authenticator) error {
 	cfg := c.cfg.APIServer
@@ -324,11 +328,11 @@ func (c *ControlPlane) openAPI(api *rest.Server, users *auth.Authenticator) erro
 		c.http = append(c.http, server{newServer(), l, false})
 	}
 	if cfg.HTTPS.Enabled {
-		certs, err := c.pair("apiServer.https", cfg.HTTPS.TLSCertFile, cfg.HTTPS.TLSKeyFile)
+		clients, err := c.clientCAs(cfg.HTTPS.RequireClientCert, clientSource{"api-server-client-ca", "KUMA_API_SERVER_HTTPS_TLS_CA_FILE", cfg.HTTPS.TLSCAFile}, clientSource{"api-server-client-ca", "KUMA_API_SERVER_AUTH_CLIENT_CERTS_DIR", cfg.Auth.ClientCertsDir})
 		if err != nil {
 			return err
 		}
-		t, err := serverTLS(c.cfg.General, certs.TLS())
+		t, err := c.serverTLS("KUMA_API_SERVER_HTTPS", cfg.HTTPS.ServerTLS, clients)
 		if err != nil {
 			return err
 		}
@@ -337,7 +341,7 @@ func (c *ControlPlane) openAPI(api *rest.Server, users *auth.Authenticator) erro
 			return err
 		}
 		s := newServer()
-		s.TLSConfig = t
+		secure(s, t)
 		c.http = append(c.http, server{s, l, true})
 	}
 	return nil
@@ -421,9 +425,11 @@ func (c *ControlPlane) Run(ctx context.Context) error {
 		})
 	}
 	part("tracker", c.tracker.Run)
+	part("certificate files", c.files.Run)
 	part("upkeep", c.keeper.Run)
 	part("sessions", c.sessions.Run)
 	part("insights", c.insights.Run)
+	part("admin channel", c.admin.Run)
 	part("certificates", func(ctx context.Context) error {
 		return c.certs.Run(ctx, func(err error) { c.log.Error("renew the control plane's certificate", "error", err) })
 	})

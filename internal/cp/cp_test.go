@@ -371,12 +371,12 @@ func TestSettings(t *testing.T) {
 		"KUMA_DP_SERVER_MAX_CONNECTIONS=-1":                      "dpServer.maxConnections: -1 is too few",
 		"KUMA_DP_SERVER_MAX_CONNECTIONS_PER_ADDRESS=1":           "dpServer.maxConnectionsPerAddress: 1 is too few",
 		"KUMA_DIAGNOSTICS_SERVER_PORT=65536":                     "diagnostics.serverPort: 65536 is not a port",
-		"KUMA_API_SERVER_HTTPS_REQUIRE_CLIENT_CERT=true":         "apiServer.https.requireClientCert",
+		"KUMA_API_SERVER_HTTPS_REQUIRE_CLIENT_CERT=true":         "KUMA_API_SERVER_HTTPS_REQUIRE_CLIENT_CERT: needs to know whose certificates are taken",
 		"KUMA_API_SERVER_AUTHN_TYPE=adminClientCerts":            `apiServer.authn.type: there is no authentication named "adminClientCerts"`,
 		"KUMA_DP_SERVER_AUTHN_DP_PROXY_TYPE=serviceAccountToken": `dpServer.authn.dpProxy.type: there is no authentication named "serviceAccountToken"`,
 		"KUMA_ACCESS_ANONYMOUS=open":                             `access.anonymous: "open"`,
-		"KUMA_GENERAL_TLS_MAX_VERSION=TLSv1_1":                   "general.tlsMaxVersion: unsupported tls version: TLSv1_1",
-		"KUMA_GENERAL_TLS_CIPHER_SUITES=RC4":                     `general.tlsCipherSuites: "RC4"`,
+		"KUMA_GENERAL_TLS_MAX_VERSION=TLSv1_1":                   "KUMA_GENERAL_TLS_MAX_VERSION: unsupported tls version: TLSv1_1",
+		"KUMA_GENERAL_TLS_CIPHER_SUITES=RC4":                     `KUMA_GENERAL_TLS_CIPHER_SUITES: there is no cipher suite "RC4"`,
 	} {
 		_, _, err := cp.Load("", []string{setting})
 		if err == nil || !strings.Contains(err.Error(), want) {

@@ -31,37 +31,6 @@ func listen(what, setting, host string, port uint32) (net.Listener, error) {
 	return l, nil
 }
 
-// tlsVersions are the contract's names.
-var tlsVersions = map[string]uint16{"": 0, "TLSv1_2": tls.VersionTLS12, "TLSv1_3": tls.VersionTLS13}
-
-// serverTLS sets the versions and suites of a server's TLS configuration.
-func serverTLS(g General, c *tls.Config) (*tls.Config, error) {
-	for _, v := range []struct {
-		key, name string
-		into      *uint16
-	}{{"general.tlsMinVersion", g.TLSMinVersion, &c.MinVersion}, {"general.tlsMaxVersion", g.TLSMaxVersion, &c.MaxVersion}} {
-		version, ok := tlsVersions[v.name]
-		if !ok {
-			return nil, errs.New(errs.Invalid, "%s: unsupported tls version: %s supported versions:[TLSv1_2 TLSv1_3]", v.key, v.name)
-		}
-		*v.into = version
-	}
-	if c.MinVersion == 0 {
-		c.MinVersion = tls.VersionTLS12
-	}
-	if c.MaxVersion != 0 && c.MaxVersion < c.MinVersion {
-		return nil, errs.New(errs.Invalid, "general.tlsMaxVersion: %s is older than general.tlsMinVersion: %s", g.TLSMaxVersion, g.TLSMinVersion)
-	}
-	for _, name := range g.TLSCipherSuites {
-		i := slices.IndexFunc(tls.CipherSuites(), func(s *tls.CipherSuite) bool { return s.Name == name })
-		if i < 0 {
-			return nil, errs.New(errs.Invalid, "general.tlsCipherSuites: %q is not a secure cipher suite by Go's name, such as TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256", name)
-		}
-		c.CipherSuites = append(c.CipherSuites, tls.CipherSuites()[i].ID)
-	}
-	return c, nil
-}
-
 const (
 	// handshakeTimeout bounds how long a client of the proxies' port may take to
 	// say what it is.

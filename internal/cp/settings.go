@@ -1,7 +1,6 @@
 package cp
 
 import (
-	"crypto/tls"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -30,13 +29,13 @@ func ignored() map[string]string {
 		"dpServer.hds.refreshInterval": polling, "runtime.universal": polling, "meshService.generationInterval": polling,
 		"meshService.labelPropagation": later, "coreResources": later, "policies": later, "ipam": later, "dnsServer": later,
 		"metrics.mesh": later, "metrics.zone": zones, "metrics.controlPlane": later, "metrics.openTelemetry": later, "metrics.dataplane.idleTimeout": polling,
-		"multizone.global": zones, "multizone.zone": zones, "interCp": zones, "KUMA_MULTIZONE_*": zones,
+		"multizone.global": zones, "multizone.zone": zones, "interCp.catalog": zones, "KUMA_MULTIZONE_*": zones,
 		"monitoringAssignmentServer": later, "tracing": later, "reports": "this product reports to nobody", "eventBus": polling,
 		"experimental": later, "proxy": later, "defaults.skipTenantResources": later, "defaults.SkipHostnameGenerators": later,
 		"KUMA_DEFAULTS_SKIP_HOSTNAME_GENERATORS": later,
 		"general.dnsCacheTTL":                    later, "general.resilientComponentBaseBackoff": later, "general.resilientComponentMaxBackoff": later,
 		"general.certGenerationCircuitBreakerMinProxies": later,
-		"apiServer.gui": later, "apiServer.rootUrl": later, "apiServer.auth": later,
+		"apiServer.gui": later, "apiServer.rootUrl": later,
 		"bootstrapServer.params.xdsGrpcMaxReceiveMessageBytes": "Envoy's own gRPC client has no such limit",
 		"bootstrapServer.params.corefileTemplatePath":          later,
 		"diagnostics.debugEndpoints":                           later,
@@ -75,21 +74,6 @@ func (c *Config) check() error {
 	if !c.APIServer.HTTP.Enabled && !c.APIServer.HTTPS.Enabled {
 		add("apiServer", "both http.enabled and https.enabled are false; nobody could reach this control plane")
 	}
-	if c.APIServer.HTTPS.RequireClientCert || c.APIServer.HTTPS.TLSCAFile != "" {
-		add("apiServer.https.requireClientCert", "client certificates are not demanded by this version; remove the setting, and mind that user tokens guard the API")
-	}
-	for _, p := range []struct {
-		path      string
-		cert, key string
-	}{
-		{"general", c.General.TLSCertFile, c.General.TLSKeyFile},
-		{"dpServer", c.DPServer.TLSCertFile, c.DPServer.TLSKeyFile},
-		{"apiServer.https", c.APIServer.HTTPS.TLSCertFile, c.APIServer.HTTPS.TLSKeyFile},
-	} {
-		if (p.cert == "") != (p.key == "") {
-			add(p.path, "tlsCertFile and tlsKeyFile are both needed, or neither")
-		}
-	}
 	for _, p := range []struct {
 		path string
 		port uint32
@@ -98,6 +82,8 @@ func (c *Config) check() error {
 		{"apiServer.https.port", c.APIServer.HTTPS.Port},
 		{"dpServer.port", c.DPServer.Port},
 		{"diagnostics.serverPort", c.Diagnostics.ServerPort},
+		{"multizone.global.kds.grpcPort", c.Multizone.Global.KDS.GRPCPort},
+		{"interCp.server.port", c.InterCP.Server.Port},
 	} {
 		if p.port < 1 || p.port > 65535 {
 			add(p.path, "%d is not a port: it must be in the range [1, 65535]", p.port)
@@ -141,8 +127,7 @@ func (c *Config) check() error {
 	if _, err := auth.NewProxyChecker(auth.ProxyCheckerConfig{Proxies: c.DPServer.Authn}); err != nil {
 		return err
 	}
-	_, err := serverTLS(c.General, &tls.Config{})
-	return err
+	return c.checkTLS()
 }
 
 // workDir is where certificates and the store's file are.
