@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"maps"
 	"sync"
+	"time"
 
 	// Types that configurations hold packed and empty, so that they can be shown
 	// as JSON.
@@ -50,13 +51,16 @@ func describe(n *session.Node) proxy.Proxy {
 // generation makes the configurations of streams.
 type generation struct {
 	generator *proxy.Generator
+	admin     *adminChannel
 	log       *slog.Logger
 	// said maps proxies to the issues that were logged last: each is logged once.
 	said sync.Map
 }
 
 func (g *generation) Generate(pic *state.Picture, n *session.Node) (envoy.Resources, error) {
-	c, err := g.generator.Generate(pic, describe(n))
+	p := describe(n)
+	p.Admin = g.admin.of(pic, n)
+	c, err := g.generator.Generate(pic, p)
 	if err != nil {
 		return nil, err
 	}
@@ -83,10 +87,22 @@ func (g *generation) Affected(pic *state.Picture, n *session.Node, changes []sta
 	return g.generator.Affected(pic, proxy.Proxy{Key: mesh.Dataplanes.Key(n.Mesh, n.Name), Link: n.Link}, changes)
 }
 
-// inspector asks running proxies over their links.
-type inspector struct{ links *link.Server }
+// Again is when the certificate in a proxy's configuration has to be renewed.
+func (g *generation) Again(n *session.Node) time.Time { return g.admin.again(n.Key) }
+
+// inspector asks running proxies: over their links, or, where their kuma-dp
+// keeps none, in the contract's way. Who is not connected here is not asked.
+type inspector struct {
+	links *link.Server
+	admin *adminChannel
+}
 
 func (i inspector) Inspect(ctx context.Context, meshName, name string, q rest.Inspection) ([]byte, error) {
+	key := session.Key{Mesh: meshName, Name: name}
+	n := i.admin.streams.Node(key)
+	if n != nil && !n.Link {
+		return i.admin.ask(ctx, n, adminPath(q))
+	}
 	page, all := linkpb.Inspect_CONFIG_DUMP, q.IncludeEDS
 	switch q.What {
 	case "stats":
@@ -94,10 +110,13 @@ func (i inspector) Inspect(ctx context.Context, meshName, name string, q rest.In
 	case "clusters":
 		page = linkpb.Inspect_CLUSTERS
 	}
-	body, err := i.links.Inspect(ctx, session.Key{Mesh: meshName, Name: name}, page, all, q.JSON)
+	body, err := i.links.Inspect(ctx, key, page, all, q.JSON)
 	if errs.Is(err, errs.NotFound) {
 		// The Dataplane is there; who runs it is not.
-		return nil, errs.New(errs.Unavailable, "the proxy %q of mesh %q can't be asked: it is not running, or its kuma-dp keeps no link to this control plane", name, meshName)
+		if n != nil {
+			return nil, errs.New(errs.Unavailable, "the proxy %q of mesh %q can't be asked: the link of its kuma-dp to this control plane is broken; it comes back by itself, try again", name, meshName)
+		}
+		return nil, errs.New(errs.Unavailable, "the proxy %q of mesh %q can't be asked: it is not running, or not connected to this control plane", name, meshName)
 	}
 	return body, err
 }
@@ -107,13 +126,16 @@ type explainer struct {
 	generator *proxy.Generator
 	tracker   *state.Tracker
 	sessions  *session.Registry
+	admin     *adminChannel
 }
 
 // proxy is the proxy as its open stream describes it, or, where it is not
 // here, as one of our own kind.
-func (e explainer) proxy(meshName, name string) proxy.Proxy {
+func (e explainer) proxy(pic *state.Picture, meshName, name string) proxy.Proxy {
 	if n := e.sessions.Node(session.Key{Mesh: meshName, Name: name}); n != nil {
-		return describe(n)
+		p := describe(n)
+		p.Admin = e.admin.of(pic, n)
+		return p
 	}
 	return proxy.Proxy{Key: mesh.Dataplanes.Key(meshName, name), Link: true}
 }
@@ -123,7 +145,7 @@ func (e explainer) Config(_ context.Context, meshName, name string, shadow bool)
 	if shadow {
 		pic = unshadowed(pic, meshName)
 	}
-	c, err := e.generator.Generate(pic, e.proxy(meshName, name))
+	c, err := e.generator.Generate(pic, e.proxy(pic, meshName, name))
 	if err != nil {
 		return nil, err
 	}
@@ -173,7 +195,7 @@ func unshadowed(pic *state.Picture, meshName string) *state.Picture {
 
 func (e explainer) applied(meshName, name string) ([]policy.Applied, mesh.Dataplane, error) {
 	pic := e.tracker.Now()
-	list, err := e.generator.Explain(pic, e.proxy(meshName, name))
+	list, err := e.generator.Explain(pic, e.proxy(pic, meshName, name))
 	if err != nil {
 		return nil, mesh.Dataplane{}, err
 	}

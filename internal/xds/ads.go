@@ -50,6 +50,7 @@ type adsStream struct {
 	counts  map[string]insight.Count
 	status  session.Status
 	retry   time.Time // when to go on without an acknowledgement
+	again   time.Time // when to make the configuration again; zero: never
 	bind    bindRetry
 }
 
@@ -167,7 +168,10 @@ func (a *adsStream) run(first *discoveryv3.DeltaDiscoveryRequest, requests <-cha
 		case <-timer.C:
 			a.certs.start()
 			if a.bind.due(time.Now()) {
-				a.again()
+				a.rebind()
+			}
+			if !a.again.IsZero() && !time.Now().Before(a.again) {
+				a.again, a.made, a.config = time.Time{}, false, nil
 			}
 			if err := a.push(); err != nil {
 				return err
@@ -179,7 +183,7 @@ func (a *adsStream) run(first *discoveryv3.DeltaDiscoveryRequest, requests <-cha
 // wait is how long the loop may sleep.
 func (a *adsStream) wait() time.Duration {
 	next := a.certs.next()
-	for _, t := range []time.Time{a.retry, a.bind.at} {
+	for _, t := range []time.Time{a.retry, a.bind.at, a.again} {
 		if !t.IsZero() && (next.IsZero() || t.Before(next)) {
 			next = t
 		}
@@ -272,6 +276,7 @@ func (a *adsStream) make() error {
 	}
 	a.srv.stats.Generated.Add(1)
 	a.failure, a.config = nil, config
+	a.again = a.srv.cfg.Generator.Again(a.session.Node)
 	return nil
 }
 
@@ -429,9 +434,9 @@ func (a *adsStream) complete(have envoy.Resources) bool {
 	return true
 }
 
-// again forgets that listeners whose port was taken were sent, so that Envoy
+// rebind forgets that listeners whose port was taken were sent, so that Envoy
 // tries once more.
-func (a *adsStream) again() {
+func (a *adsStream) rebind() {
 	a.bind.tried()
 	a.need = true
 	if k := a.delta.types[envoy.ListenerType]; k != nil {

@@ -36,6 +36,9 @@ type Generator interface {
 	// Affected reports whether these changes may alter it. It may err on the
 	// side of true.
 	Affected(pic *state.Picture, node *session.Node, changes []state.Change) bool
+	// Again says when the configuration made last has to be made again although
+	// nothing has changed; zero means never.
+	Again(node *session.Node) time.Time
 }
 
 // Issuer issues certificates with keys to proxies that have no link.

@@ -290,6 +290,9 @@ func (g generator) Generate(pic *state.Picture, n *session.Node) (envoy.Resource
 	return g.generate(pic, n)
 }
 
+// Again: nothing here ages.
+func (generator) Again(*session.Node) time.Time { return time.Time{} }
+
 // Affected: insights, secrets, and whatever is in other meshes matters to nobody.
 func (g generator) Affected(_ *state.Picture, n *session.Node, changes []state.Change) bool {
 	g.doors.Affected.Add(1)
