@@ -27,6 +27,9 @@ type Config struct {
 	APIServer APIServer `json:"apiServer"`
 	// DPServer is the server that proxies connect to.
 	DPServer DPServer `json:"dpServer"`
+	// AdminServer is that of Kuma 0.7, deprecated and closed unless it is asked
+	// for.
+	AdminServer AdminServer `json:"adminServer"`
 	// Diagnostics is the server with health, readiness and metrics.
 	Diagnostics Diagnostics `json:"diagnostics"`
 	// Multizone names this zone.

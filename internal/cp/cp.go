@@ -4,6 +4,7 @@ package cp
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -60,6 +61,12 @@ type ControlPlane struct {
 	// servers show that have none of their own: certs, or a pair of files.
 	files   *pki.Files
 	general certificate
+	// apiClients are whose client certificates the API takes, adminClients those
+	// of them that may make an administrator.
+	apiClients, adminClients *clientCAs
+	// admins vouch for administrators' client certificates; nil where those don't
+	// count.
+	admins *clientCAs
 
 	// expiring are those who hold certificates; expiries asks them.
 	expiring []func() []pki.Expiry
@@ -76,6 +83,8 @@ type ControlPlane struct {
 	bootstrap   *http.Server
 	ready       atomic.Bool
 	diagnostics net.Listener
+	// diagnosticsTLS is nil where that server speaks without TLS.
+	diagnosticsTLS *tls.Config
 }
 
 // server is an HTTP server with its listener; tls says whether it speaks TLS.
@@ -91,6 +100,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	if err := cfg.check(); err != nil {
 		return nil, fmt.Errorf("configuration: %w", err)
 	}
+	cfg = cfg.modern(log)
 	c := &ControlPlane{cfg: cfg, log: log, close: func() error { return nil }}
 	c.files = pki.NewFiles(pki.FilesConfig{Every: cfg.General.TLSReloadInterval, Log: log.With("logger", "tls")})
 	defer func() {
@@ -111,17 +121,16 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	if err := c.openStore(filepath.Join(dir, "kuma.db")); err != nil {
 		return nil, err
 	}
-	c.certs, err = pki.OpenControlPlane(pki.ControlPlaneConfig{Dir: dir, CertFile: cfg.General.TLSCertFile, KeyFile: cfg.General.TLSKeyFile})
+	if err := c.openFiles(); err != nil {
+		return nil, err
+	}
+	c.certs, err = pki.OpenControlPlane(pki.ControlPlaneConfig{Dir: dir, CertFile: cfg.General.TLSCertFile, KeyFile: cfg.General.TLSKeyFile, Hostnames: cfg.advertised()})
 	if err != nil {
 		return nil, err
 	}
-	c.general = c.certs
-	if cfg.General.TLSCertFile != "" {
-		if c.general, err = c.openPair("KUMA_GENERAL", cfg.General.TLSCertFile, cfg.General.TLSKeyFile); err != nil {
-			return nil, err
-		}
+	if c.general == nil {
+		c.general = c.certs
 	}
-	c.expiring = append(c.expiring, c.files.Expiries)
 	for _, w := range c.certs.Warnings() {
 		log.Warn("the control plane's own certificate", "warning", w)
 	}
@@ -135,7 +144,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	c.keeper = upkeep.New(upkeep.Config{
 		Store: c.store, Tracker: c.tracker, Kinds: kinds, Zone: zone, ServiceGrace: cfg.MeshService.DeletionGracePeriod,
 		SkipMesh: cfg.Defaults.SkipMeshCreation, RoutingResources: cfg.Defaults.CreateMeshRoutingResources,
-		AdminToken: cfg.APIServer.Authn.Tokens.BootstrapAdminToken, Authority: newAuthority, Log: log.With("logger", "upkeep"),
+		AdminToken: cfg.APIServer.Authn.Tokens.BootstrapAdminToken && cfg.APIServer.Authn.Type != auth.AdminClientCerts, Authority: newAuthority, Log: log.With("logger", "upkeep"),
 	})
 	if err := c.keeper.Prepare(ctx); err != nil {
 		return nil, err
@@ -147,7 +156,8 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	if cfg.Store.Type == "memory" {
 		hint = "kuma-cp runs with an in-memory database and its state is not kept over restarts: if it was restarted, generate a new token"
 	}
-	users, err := auth.NewAuthenticator(auth.AuthenticatorConfig{Users: cfg.APIServer.Authn, Secrets: keys, Hint: hint, Log: log.With("logger", "auth")})
+	callers := auth.AuthenticatorConfig{Users: cfg.APIServer.Authn, ClientCAs: c.administrators, Secrets: keys, Hint: hint, Log: log.With("logger", "auth")}
+	users, err := auth.NewAuthenticator(callers)
 	if err != nil {
 		return nil, err
 	}
@@ -198,6 +208,9 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	if err != nil {
 		return nil, err
 	}
+	if err := cfg.checkXDSHost(dpCert); err != nil {
+		return nil, err
+	}
 	dpTLS, err := cfg.General.tlsOf("KUMA_DP_SERVER", cfg.DPServer.ServerTLS, dpCert, nil)
 	if err != nil {
 		return nil, err
@@ -219,6 +232,10 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 		ReadinessPort: boot.ReadinessPort, ConnectTimeout: boot.XDSConnectTimeout, HDS: cfg.DPServer.HDS.Enabled,
 		Lenient: !cfg.APIServer.Strict, Log: log.With("logger", "bootstrap"),
 	}))
+	front := &bootstrapFront{
+		next: c.whenReady(mux), hosts: dpCert.SANs, ca: dpCert.CA, names: []string{boot.XDSHost, cfg.General.AdvertisedHostname}, port: cfg.DPServer.Port,
+		used: once{log: log.With("logger", "bootstrap")},
+	}
 	c.bootstrap = &http.Server{
 		Handler: c.whenReady(mux), ReadHeaderTimeout: cfg.DPServer.ReadHeaderTimeout, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
 		IdleTimeout: 30 * time.Second, MaxHeaderBytes: 64 << 10, ErrorLog: quiet(log),
@@ -226,21 +243,32 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 
 	// The API's ports.
 	host, _ := os.Hostname()
-	api, err := rest.New(rest.Config{
+	offered := rest.Config{
 		Kinds: kinds, Store: c.store, Gate: gate, Access: access, Authn: users, Issuer: tokens,
 		Index: rest.Index{
 			Product: build.Product, Version: build.Version, InstanceID: instance, ClusterID: clusterID(c.certs.CA()), Hostname: host, BasedOnKuma: contract,
+			HTTPSPort: cfg.httpsPort(), AdminPort: cfg.adminPort(),
 		},
 		Settings:  func() ([]byte, error) { return conf.Redacted(cfg) },
 		Inspector: inspector{links, c.admin}, Explainer: explainer{generator, c.tracker, c.sessions, c.admin},
 		Lenient: !cfg.APIServer.Strict, ReadOnly: cfg.APIServer.ReadOnly, BasePath: cfg.APIServer.BasePath,
 		CORSAllowedDomains: cfg.APIServer.CORSAllowedDomains, Log: log.With("logger", "rest"),
-	})
+		Bootstrap: front, Elsewhere: c.elsewhere, Catalog: c.catalog(),
+	}
+	api, err := rest.New(offered)
 	if err != nil {
 		return nil, err
 	}
 	if err := c.openAPI(api, users); err != nil {
 		return nil, err
+	}
+	if err := c.openAdmin(offered, callers); err != nil {
+		return nil, err
+	}
+	if cfg.Diagnostics.TLSEnabled {
+		if c.diagnosticsTLS, err = c.serverTLS("KUMA_DIAGNOSTICS", cfg.Diagnostics.ServerTLS, nil); err != nil {
+			return nil, err
+		}
 	}
 	if c.diagnostics, err = listen("the diagnostics server", "KUMA_DIAGNOSTICS_SERVER_PORT", "", cfg.Diagnostics.ServerPort); err != nil {
 		return nil, err
@@ -332,6 +360,7 @@ func (c *ControlPlane) openAPI(api *rest.Server, users *auth.Authenticator) erro
 		if err != nil {
 			return err
 		}
+		c.trustAdministrators(clients)
 		t, err := c.serverTLS("KUMA_API_SERVER_HTTPS", cfg.HTTPS.ServerTLS, clients)
 		if err != nil {
 			return err
@@ -369,6 +398,7 @@ func (c *ControlPlane) posture() {
 	if c.cfg.APIServer.HTTP.Enabled && !loopback(c.cfg.APIServer.HTTP.Interface) {
 		c.log.Info("the API is served without TLS too, on all interfaces; KUMA_API_SERVER_HTTP_INTERFACE=127.0.0.1 or KUMA_API_SERVER_HTTP_ENABLED=false ends it", "port", c.cfg.APIServer.HTTP.Port)
 	}
+	c.tlsPosture()
 	if c.cfg.Diagnostics.Metrics {
 		c.log.Info("metrics are served without a credential, on all interfaces; KUMA_DIAGNOSTICS_METRICS=false ends it", "port", c.cfg.Diagnostics.ServerPort)
 	}
@@ -448,7 +478,10 @@ func (c *ControlPlane) Run(ctx context.Context) error {
 	}
 	diagnostics := server{&http.Server{
 		Handler: c.diagnose(), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, ErrorLog: quiet(c.log),
-	}, limited{c.diagnostics, &limit{max: 1000, each: 500, setting: "none", eachSetting: "none", log: c.log.With("logger", "diagnostics")}}, false}
+	}, limited{c.diagnostics, &limit{max: 1000, each: 500, setting: "none", eachSetting: "none", log: c.log.With("logger", "diagnostics")}}, c.diagnosticsTLS != nil}
+	if diagnostics.tls {
+		secure(diagnostics.Server, c.diagnosticsTLS)
+	}
 	g.Go(func() error { return diagnostics.run(doors) })
 	g.Go(c.proxies.run)
 	g.Go(func() error {

@@ -71,6 +71,10 @@ func (c *Config) check() error {
 	if c.Multizone.Zone.Name == "" || len(c.Multizone.Zone.Name) > 63 {
 		add("multizone.zone.name", "must have 1 to 63 characters")
 	}
+	c.AdminServer.check(add)
+	if c.APIServer.Authn.Type == auth.AdminClientCerts && c.APIServer.Auth.ClientCertsDir == "" {
+		add("apiServer.auth.clientCertsDir", "is needed where apiServer.authn.type is adminClientCerts: set KUMA_API_SERVER_AUTH_CLIENT_CERTS_DIR to a directory with the administrators' certificates")
+	}
 	if !c.APIServer.HTTP.Enabled && !c.APIServer.HTTPS.Enabled {
 		add("apiServer", "both http.enabled and https.enabled are false; nobody could reach this control plane")
 	}

@@ -36,16 +36,18 @@ func (s *Server) index(w http.ResponseWriter, _ *request) error {
 		gui = s.cfg.BasePath + guiPath
 	}
 	s.answer(w, http.StatusOK, struct {
+		AdminPort   uint32 `json:"adminServerPort,omitempty"`
 		BasedOnKuma string `json:"basedOnKuma,omitempty"`
 		ClusterID   string `json:"clusterId"`
 		// DryRun: PUT understands "dry-run=true".
 		DryRun     bool   `json:"dryRun"`
 		GUI        string `json:"gui"`
 		Hostname   string `json:"hostname"`
+		HTTPSPort  uint32 `json:"httpsPort,omitempty"`
 		InstanceID string `json:"instanceId"`
 		Product    string `json:"product"`
 		Version    string `json:"version"`
-	}{i.BasedOnKuma, i.ClusterID, true, gui, i.Hostname, i.InstanceID, i.Product, i.Version})
+	}{i.AdminPort, i.BasedOnKuma, i.ClusterID, true, gui, i.Hostname, i.HTTPSPort, i.InstanceID, i.Product, i.Version})
 	return nil
 }
 

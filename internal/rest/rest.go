@@ -37,6 +37,10 @@ type Index struct {
 	Hostname string
 	// BasedOnKuma is the contract's version that this one offers; may be empty.
 	BasedOnKuma string
+	// HTTPSPort is where this API is served with TLS, AdminPort where 0.7's admin
+	// server is for other machines: kumactl goes there with a client certificate.
+	// 0 means that there is none.
+	HTTPSPort, AdminPort uint32
 }
 
 // Inspection is a question to a running proxy.
@@ -124,6 +128,14 @@ type Config struct {
 	// Inspector and Explainer may be nil: their routes then answer 503.
 	Inspector Inspector
 	Explainer Explainer
+	// Bootstrap answers /bootstrap as Kuma 0.7 had it on this port, for programs
+	// on this machine; Elsewhere is the error that others get. Nil means that
+	// there is no such route.
+	Bootstrap http.Handler
+	Elsewhere func(*http.Request) error
+	// Catalog is what GET /catalog answers to kumactl of Kuma 0.7; nil means
+	// that there is no such route.
+	Catalog json.RawMessage
 	// GUI holds the GUI's static files; nil means there is none.
 	GUI fs.FS
 	// Lenient drops unknown fields of specifications, as the original does.
@@ -225,6 +237,7 @@ func New(c Config) (*Server, error) {
 	s.overviews()
 	s.about()
 	s.tokens()
+	s.legacy()
 	s.inspect()
 	s.gui()
 	s.mount()
