@@ -36,6 +36,7 @@ import (
 //	end NAME             end it as Ctrl-C does
 //	log NAME REGEXP      its log must match ("!": must not)
 //	until REGEXP FILE    run a block until it succeeds and its output matches
+//	follow PAGE          do what a page of docs/ says: see followCommand
 func TestManuals(t *testing.T) {
 	stories, err := filepath.Glob("manuals/*.txtar")
 	if err != nil || len(stories) == 0 {
@@ -50,6 +51,7 @@ func TestManuals(t *testing.T) {
 				Setup:       func(env *testscript.Env) error { return r.manual(env) },
 				Cmds: map[string]func(*testscript.TestScript, bool, []string){
 					"sh": shCommand, "start": startCommand, "end": endCommand, "log": logCommand, "until": untilCommand,
+					"follow": followCommand,
 				},
 			})
 		})
@@ -71,10 +73,11 @@ type manualKey struct{}
 
 // reader is someone who follows a manual.
 type reader struct {
-	room    *room
-	real    *strings.Replacer
-	ports   map[string]int
-	running map[string]*lab.Process
+	room *room
+	// real turns what a manual prints into what is there; shown the reverse.
+	real, shown *strings.Replacer
+	ports       map[string]int
+	running     map[string]*lab.Process
 }
 
 // manual prepares the machine of someone who follows a manual: the programs
@@ -106,8 +109,25 @@ func (r *room) manual(env *testscript.Env) error {
 	for i, port := range ports[len(manualPorts):] {
 		env.Setenv(fmt.Sprint("PORT", i+1), strconv.Itoa(port))
 		pairs = append(pairs, fmt.Sprintf("$PORT%d", i+1), strconv.Itoa(port))
+		pairs = append(pairs, []string{"16379", "6379", "18080", "8080"}[i], strconv.Itoa(port)) // on pages
+	}
+	// kumactl without configuration, but for this control plane.
+	config := fmt.Sprintf("contexts: [{name: local, controlPlane: local}]\ncontrolPlanes: [{name: local, coordinates: {apiServer: {url: 'http://localhost:%d'}}}]\ncurrentContext: local\n",
+		reading.ports["KUMA_API_SERVER_HTTP_PORT"])
+	if err := os.MkdirAll(filepath.Join(env.WorkDir, "home", ".kumactl"), 0o700); err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(env.WorkDir, "home", ".kumactl", "config"), []byte(config), 0o600); err != nil {
+		return err
 	}
 	reading.real = strings.NewReplacer(pairs...)
+	var back []string
+	for i := 0; i < len(pairs); i += 2 {
+		if pairs[i] != "<KUMA_CP_DNS_NAME>" && !strings.HasPrefix(pairs[i], "$") {
+			back = append(back, pairs[i+1], pairs[i])
+		}
+	}
+	reading.shown = strings.NewReplacer(append(back, filepath.Join(env.WorkDir, "home"), "/home/me")...)
 	env.Defer(func() {
 		for _, p := range reading.running {
 			p.Stop(5 * time.Second)
@@ -118,11 +138,10 @@ func (r *room) manual(env *testscript.Env) error {
 
 // block returns the command that runs a block of a manual, and its settings.
 // The settings that move ports come first, so that the block may set them too.
-func (rd *reader) block(ts *testscript.TestScript, file string) (env []string, script string) {
+func (rd *reader) block(ts *testscript.TestScript, text string) (env []string, script string) {
 	for _, name := range []string{"PATH", "HOME"} {
 		env = append(env, name+"="+ts.Getenv(name))
 	}
-	text := ts.ReadFile(file)
 	for _, p := range manualPorts {
 		// The port of 0.7.3's server is a setting that turns the server on.
 		if p.port != "5679" || strings.Contains(text, "KUMA_ADMIN_SERVER") {
@@ -152,8 +171,8 @@ func uncomment(text string) string {
 }
 
 // run runs a block to its end.
-func (rd *reader) run(ts *testscript.TestScript, file string) (out, problem string, err error) {
-	env, script := rd.block(ts, file)
+func (rd *reader) run(ts *testscript.TestScript, text string) (out, problem string, err error) {
+	env, script := rd.block(ts, text)
 	ctx, cancel := context.WithTimeout(rd.room.ctx, 30*time.Second)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "bash", "-c", script)
@@ -169,7 +188,7 @@ func shCommand(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) != 1 {
 		ts.Fatalf("usage: sh FILE")
 	}
-	out, problem, err := ts.Value(manualKey{}).(*reader).run(ts, args[0])
+	out, problem, err := ts.Value(manualKey{}).(*reader).run(ts, ts.ReadFile(args[0]))
 	fmt.Fprint(ts.Stdout(), out)
 	fmt.Fprint(ts.Stderr(), problem)
 	if (err != nil) != neg {
@@ -183,7 +202,7 @@ func untilCommand(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	rd, want := ts.Value(manualKey{}).(*reader), regexp.MustCompile(args[0])
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
-		out, problem, err := rd.run(ts, args[1])
+		out, problem, err := rd.run(ts, ts.ReadFile(args[1]))
 		if err == nil && want.MatchString(out+problem) {
 			fmt.Fprint(ts.Stdout(), out)
 			return
@@ -199,7 +218,19 @@ func startCommand(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Fatalf("usage: start NAME FILE")
 	}
 	rd, name := ts.Value(manualKey{}).(*reader), args[0]
-	env, script := rd.block(ts, args[1])
+	err := rd.start(ts, name, ts.ReadFile(args[1]))
+	p := rd.running[name]
+	if (err != nil) != neg {
+		ts.Fatalf("start %s: %v\n%s", name, err, p.Log())
+	}
+	if neg && p.ExitCode() == 0 {
+		ts.Fatalf("start %s: it ended without an error:\n%s", name, p.Log())
+	}
+}
+
+// start runs a block in the background and waits until it is ready.
+func (rd *reader) start(ts *testscript.TestScript, name, text string) error {
+	env, script := rd.block(ts, text)
 	what, url := "the control plane is ready", fmt.Sprintf("http://127.0.0.1:%d/ready", rd.ports["KUMA_DIAGNOSTICS_SERVER_PORT"])
 	if strings.Contains(script, "kuma-dp run") {
 		port := rd.room.port()
@@ -209,13 +240,7 @@ func startCommand(ts *testscript.TestScript, neg bool, args []string) {
 	p, err := rd.room.Start(name, env, "bash", "-c", "cd "+ts.MkAbs(".")+"\n"+script)
 	ts.Check(err)
 	rd.running[name] = p
-	err = rd.room.Await(rd.room.ctx, p, what, func() error { return status(url) })
-	if (err != nil) != neg {
-		ts.Fatalf("start %s: %v\n%s", name, err, p.Log())
-	}
-	if neg && p.ExitCode() == 0 {
-		ts.Fatalf("start %s: it ended without an error:\n%s", name, p.Log())
-	}
+	return rd.room.Await(rd.room.ctx, p, what, func() error { return status(url) })
 }
 
 func endCommand(ts *testscript.TestScript, neg bool, args []string) {
@@ -223,10 +248,18 @@ func endCommand(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 1 || rd.running[args[0]] == nil {
 		ts.Fatalf("usage: end NAME, of what was started")
 	}
-	p := rd.running[args[0]]
-	ts.Check(syscall.Kill(-p.Cmd.Process.Pid, syscall.SIGTERM)) // bash and what it runs, as a terminal does
+	ts.Check(rd.end(args[0]))
+}
+
+// end ends what was started: bash and what it runs, as a terminal does.
+func (rd *reader) end(name string) error {
+	p := rd.running[name]
+	delete(rd.running, name)
+	if err := syscall.Kill(-p.Cmd.Process.Pid, syscall.SIGTERM); err != nil {
+		return err
+	}
 	p.Stop(20 * time.Second)
-	delete(rd.running, args[0])
+	return nil
 }
 
 func logCommand(ts *testscript.TestScript, neg bool, args []string) {
@@ -239,6 +272,107 @@ func logCommand(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
+// followCommand does what a page of docs/ says, block by block: it writes the
+// files ("yaml file=NAME"), and runs the commands of console blocks and
+// compares what they print. A line with "…" matches whatever stands there, a
+// line of "…" alone any lines. A command that ends in kuma-cp run or kuma-dp
+// run goes on in the background, and ends the one before it that had the same
+// files; what the page prints under it must be in its log. A command under
+// which the page prints an error must fail.
+func followCommand(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: follow PAGE")
+	}
+	page, err := filepath.Abs("../../docs")
+	ts.Check(err)
+	text, err := os.ReadFile(filepath.Join(page, args[0]))
+	ts.Check(err)
+	rd, commands := ts.Value(manualKey{}).(*reader), 0
+	parts := strings.Split("\n"+string(text), "\n```")
+	for i := 1; i+1 < len(parts); i += 2 {
+		kind, block, _ := strings.Cut(parts[i], "\n")
+		if name, ok := strings.CutPrefix(kind, "yaml file="); ok {
+			ts.Check(os.WriteFile(ts.MkAbs(name), []byte(rd.real.Replace(block)+"\n"), 0o600))
+		}
+		if kind != "console" {
+			continue
+		}
+		for example := range strings.SplitSeq(strings.TrimPrefix(block, "$ "), "\n$ ") {
+			command, want := cutCommand(example)
+			ts.Logf("$ %s", command)
+			rd.follow(ts, command, want)
+			commands++
+		}
+	}
+	if commands == 0 {
+		ts.Fatalf("%s shows no command", args[0])
+	}
+}
+
+// cutCommand parts a command, with the lines that its backslashes join, from
+// what it prints.
+func cutCommand(example string) (command, want string) {
+	lines := strings.Split(example, "\n")
+	n := 1
+	for n < len(lines) && strings.HasSuffix(lines[n-1], `\`) {
+		n++
+	}
+	return strings.Join(lines[:n], "\n"), strings.Join(lines[n:], "\n")
+}
+
+var (
+	inBackground = regexp.MustCompile(`kuma-(cp|dp) run`)
+	asksAgain    = regexp.MustCompile(`^(kumactl (inspect|tls|ca)|curl|openssl) `)
+)
+
+// follow does what one command of a page says.
+func (rd *reader) follow(ts *testscript.TestScript, command, want string) {
+	fails := strings.Contains("\n"+want, "\nError") || strings.Contains("\n"+want, "\ncurl: (") || strings.Contains(want, "level=ERROR")
+	if m := inBackground.FindStringSubmatch(command); m != nil {
+		name := m[1]
+		if rd.running[name] != nil {
+			ts.Check(rd.end(name))
+		}
+		if err := rd.start(ts, name, command); (err != nil) != fails {
+			ts.Fatalf("%s: %v\n%s", command, err, rd.running[name].Log())
+		}
+		for line := range strings.SplitSeq(want, "\n") {
+			if log := rd.shown.Replace(rd.running[name].Log()); !regexp.MustCompile(pattern(line)).MatchString(log) {
+				ts.Fatalf("%s: there is no line %q in its log:\n%s", command, line, log)
+			}
+		}
+		if fails {
+			delete(rd.running, name)
+		}
+		return
+	}
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		out, problem, err := rd.run(ts, command)
+		got := strings.TrimSuffix(rd.shown.Replace(out+problem), "\n")
+		if (err != nil) == fails && shows(want, got) {
+			return
+		}
+		if !asksAgain.MatchString(command) || time.Now().After(deadline) {
+			ts.Fatalf("%s: %v\n--- the page\n%s\n--- here\n%s", command, err, want, got)
+		}
+	}
+}
+
+// shows reports whether text is what a page prints.
+func shows(want, text string) bool {
+	quoted := strings.ReplaceAll("\n"+pattern(want), "\n.*\n", "\n(?s:.*\n)?") + "$"
+	quoted = strings.ReplaceAll(quoted, "\n.*$", "(?s:\n.*)?$")
+	return regexp.MustCompile("^" + quoted).MatchString("\n" + text)
+}
+
+var blanks = regexp.MustCompile(` {2,}`)
+
+// pattern is a regular expression of what a page prints. A table's columns are
+// as wide as they are.
+func pattern(want string) string {
+	return blanks.ReplaceAllString(strings.ReplaceAll(regexp.QuoteMeta(want), "…", ".*"), " +")
+}
+
 // status is nil if a GET of the URL answers 200.
 func status(url string) error {
 	code, body, err := lab.Get(url)
@@ -246,4 +380,28 @@ func status(url string) error {
 		err = fmt.Errorf("%d %s", code, strings.TrimSpace(body))
 	}
 	return err
+}
+
+// TestShows: what a page may leave out, and what not.
+func TestShows(t *testing.T) {
+	for _, c := range []struct {
+		want, text string
+		shown      bool
+	}{
+		{"", "", true},
+		{"", "a", false},
+		{"a", "a", true},
+		{"a", "a\nb", false},
+		{"a\n…", "a\nb\nc", true},
+		{"a\n…", "a", true},
+		{"…\nc", "a\nb\nc", true},
+		{"…\nb\n…", "a\nb\nc", true},
+		{"…\nb\n…", "a\nc", false},
+		{"a…d  e", "abcd     e", true},
+		{"a.c", "abc", false},
+	} {
+		if shows(c.want, c.text) != c.shown {
+			t.Errorf("%q shows %q: want %v", c.want, c.text, c.shown)
+		}
+	}
 }
