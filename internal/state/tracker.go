@@ -27,9 +27,10 @@ type Config struct {
 // A Tracker follows the store and keeps the present Picture. It is the one
 // place in which time passes between a change and its effect.
 type Tracker struct {
-	cfg   Config
-	now   atomic.Pointer[Picture]
-	ready chan struct{}
+	cfg     Config
+	now     atomic.Pointer[Picture]
+	ready   chan struct{}
+	metrics *Metrics
 
 	mu   sync.Mutex
 	subs map[chan struct{}]struct{}
@@ -45,6 +46,7 @@ func New(cfg Config) *Tracker {
 	}
 	t := &Tracker{cfg: cfg, ready: make(chan struct{}), subs: map[chan struct{}]struct{}{}}
 	t.now.Store(empty())
+	t.metrics = newMetrics(t)
 	return t
 }
 
@@ -94,6 +96,7 @@ func (t *Tracker) Run(ctx context.Context) error {
 		if !errors.Is(err, store.ErrTooOld) {
 			return err
 		}
+		t.metrics.lost.Add(1)
 		t.cfg.Log.Info("the tracker fell behind the store and reads all of it again")
 	}
 }
@@ -190,6 +193,7 @@ func (t *Tracker) reread(all []*resource.Resource, revision uint64) *Picture {
 
 func (t *Tracker) publish(p *Picture) {
 	t.now.Store(p)
+	t.metrics.pictures.Add(1)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for ch := range t.subs {
