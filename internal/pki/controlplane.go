@@ -1,12 +1,11 @@
 package pki
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -37,7 +36,6 @@ const (
 	caLife         = 10 * Year
 	serverLife     = 90 * 24 * time.Hour
 	serverBackdate = 5 * time.Minute
-	retryRenewal   = time.Minute
 )
 
 // ControlPlaneConfig is what OpenControlPlane needs.
@@ -47,36 +45,69 @@ type ControlPlaneConfig struct {
 	// CertFile and KeyFile, where given, are used instead of what is in Dir.
 	CertFile, KeyFile string
 	// Hostnames are names and addresses for the server's certificate beside
-	// the machine's own: host name, localhost and the address of every
-	// interface.
+	// the machine's own.
 	Hostnames []string
+	// Machine lists this machine's own names and addresses; nil means its host
+	// name and the address of every interface.
+	Machine func() ([]string, error)
+	// Every is how often Run looks whether the certificate fits, and a Rotator
+	// whether the authority does; 0 means each minute.
+	Every time.Duration
+	// Vault keeps the authority where several control planes share it; nil
+	// means Dir.
+	Vault Vault
 }
 
 // ControlPlane holds the control plane's own certificates. It is safe for
 // concurrent use.
 type ControlPlane struct {
 	config   ControlPlaneConfig
-	ca       []byte
-	cert     atomic.Pointer[tls.Certificate]
+	vault    vault // nil where the pair is the user's
 	made     bool
 	warnings []string
 
-	mu    sync.Mutex
-	issue func(hosts []string) error // nil where the pair is not ours to renew
+	cert atomic.Pointer[tls.Certificate]
+	view atomic.Pointer[view]
+
+	mu sync.Mutex // held while anything below changes
+	// version is the vault's of what view shows.
+	version uint64
+	// unsaved is a server's certificate that could not be written yet.
+	unsaved func() error
+	// looked is when it was last looked whether the certificate fits.
+	looked time.Time
+
+	watching sync.Mutex
+	watchers map[chan struct{}]struct{}
+}
+
+// view is what readers see of the authority; it is never changed.
+type view struct {
+	state authorities
+	// anchors are what users give to clients, bundle what proxies are sent.
+	anchors, bundle []byte
+	revision        int64
 }
 
 // OpenControlPlane loads the control plane's certificates, and makes those
 // that are missing. Errors name the file, what is wrong with it and how to
 // mend it.
 //
-// Without CertFile: Dir holds an authority (P-256, ten years) and a server
-// certificate signed by it (90 days), which is made anew when it is missing,
-// expired, two thirds through its life, or not for this machine's names. A
-// pair of the original control plane in Dir (its own authority and server
-// certificate in one) is served as it is. Files are written whole or not at
-// all, so a crash never leaves half of one.
+// Without CertFile: Dir, or the Vault, holds an authority (P-256, ten years)
+// and Dir a server certificate signed by it (90 days), which is made anew when
+// it is missing, expired, two thirds through its life, or not for this
+// machine's names. A pair of the original control plane in Dir (its own
+// authority and server certificate in one) is served as it is until the
+// authority is rotated. Files are written whole or not at all, so a crash never
+// leaves half of one.
 func OpenControlPlane(c ControlPlaneConfig) (*ControlPlane, error) {
-	cp := &ControlPlane{config: c}
+	if c.Machine == nil {
+		c.Machine = machine
+	}
+	if c.Every == 0 {
+		c.Every = time.Minute
+	}
+	cp := &ControlPlane{config: c, watchers: map[chan struct{}]struct{}{}}
 	if c.CertFile != "" || c.KeyFile != "" {
 		if c.CertFile == "" || c.KeyFile == "" {
 			return nil, errs.New(errs.Invalid, "only one of the certificate file (%q) and the key file (%q) is given; set both KUMA_GENERAL_TLS_CERT_FILE and KUMA_GENERAL_TLS_KEY_FILE, or none", c.CertFile, c.KeyFile)
@@ -85,7 +116,7 @@ func OpenControlPlane(c ControlPlaneConfig) (*ControlPlane, error) {
 		if err != nil {
 			return nil, err
 		}
-		cp.ca = text
+		cp.view.Store(&view{anchors: text})
 		cp.cert.Store(pair)
 		return cp, nil
 	}
@@ -109,96 +140,214 @@ func (cp *ControlPlane) open() error {
 			os.Remove(file) // what can't be removed does no harm
 		}
 	}
-	certFile, keyFile := cp.path(CAFile), cp.path(CAKeyFile)
-	switch haveCert, haveKey := filled(certFile), filled(keyFile); {
-	case haveCert && !haveKey:
-		return errs.New(errs.Invalid, "%s is there, but its key %s is missing; bring the key back, or remove the certificate to have a new authority made (clients then need the new %s)", certFile, keyFile, CAFile)
-	case !haveCert: // a key alone was left by a crash: nobody trusts it yet
-		if err := cp.makeCA(certFile, keyFile); err != nil {
-			return err
-		}
-		cp.made = true
+	dir := dirVault{cp.config.Dir}
+	cp.vault = dir
+	if cp.config.Vault != nil {
+		cp.vault = sharedVault{cp.config.Vault}
 	}
-	pair, text, err := LoadPair(certFile, keyFile)
-	if err != nil {
-		return errs.New(errs.KindOf(err), "%w; or remove both %s and %s to have new ones made (clients then need the new %s)", err, CAFile, CAKeyFile, CAFile)
-	}
-	cp.ca = text
-	cp.tighten(keyFile)
-	hosts, err := cp.hosts()
+	state, version, err := cp.first(dir)
 	if err != nil {
 		return err
 	}
-	ca := pair.Leaf
-	if serves(ca) {
-		cp.cert.Store(pair)
-		if lacks := missing(ca, hosts); len(lacks) > 0 {
-			cp.warnings = append(cp.warnings, fmt.Sprintf("%s is not valid for %s; clients that use these names refuse it. Remove %s and %s to have new ones made", certFile, strings.Join(lacks, ", "), CAFile, CAKeyFile))
+	if cp.config.Vault != nil {
+		if err := cp.writeAnchors(state); err != nil {
+			return err
 		}
-		return nil
+	} else {
+		cp.tighten(cp.path(CAKeyFile))
 	}
-	if err := CheckCA(ca); err != nil {
-		return errs.New(errs.Invalid, "%s is neither an authority nor a server's certificate: %w; remove it and %s to have new ones made", certFile, err, CAKeyFile)
+	cp.show(state, version)
+	if state.Step == StepSteady && state.current.serves {
+		hosts, err := cp.hosts()
+		if err != nil {
+			return err
+		}
+		if lacks := missing(state.current.cert, hosts); len(lacks) > 0 {
+			cp.warnings = append(cp.warnings, fmt.Sprintf("%s is not valid for %s; clients that use these names refuse it. Replace it with an authority that signs certificates for them: kumactl ca rotate control-plane", cp.path(CAFile), strings.Join(lacks, ", ")))
+		}
 	}
-	cp.issue = func(hosts []string) error { return cp.makeServer(ca, pair.PrivateKey, hosts) }
-	old, _, err := LoadPair(cp.path(ServerFile), cp.path(ServerKeyFile))
-	if err == nil && current(old.Leaf, ca, hosts) {
+	if old, _, err := LoadPair(cp.path(ServerFile), cp.path(ServerKeyFile)); err == nil {
 		cp.cert.Store(old)
+	}
+	return cp.fit(true)
+}
+
+// first returns the authority that is kept, or makes the first one. Where
+// another control plane is quicker to keep one, that one counts.
+func (cp *ControlPlane) first(dir dirVault) (authorities, uint64, error) {
+	for attempt := 0; ; attempt++ {
+		state, version, err := cp.vault.load()
+		if err != nil || state.current.cert != nil {
+			return state, version, err
+		}
+		made := false
+		if cp.config.Vault != nil { // what is in the directory is taken over, once
+			if state, _, err = dir.load(); err != nil {
+				return state, 0, err
+			}
+		}
+		if state.current.cert == nil {
+			made = true
+			if state.current, err = newAuthority(); err != nil {
+				return state, 0, err
+			}
+			state.Step = StepSteady
+		}
+		version, err = cp.vault.save(state, version)
+		if errs.Is(err, errs.Conflict) && attempt < 5 {
+			continue
+		}
+		cp.made = made
+		return state, version, err
+	}
+}
+
+// show makes an authority what readers see, and tells who watches.
+func (cp *ControlPlane) show(state authorities, version uint64) {
+	v := &view{state: state, anchors: state.anchors(), bundle: state.bundle()}
+	v.revision = revisionOf(v.bundle)
+	cp.version = version
+	cp.view.Store(v)
+	cp.watching.Lock()
+	defer cp.watching.Unlock()
+	for w := range cp.watchers {
+		select {
+		case w <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// Refresh takes over what another control plane has put into the Vault. What
+// can't be used is an error, and what was there goes on; an authority that has
+// vanished is put back.
+func (cp *ControlPlane) Refresh() error {
+	if cp.config.Vault == nil {
 		return nil
 	}
-	return cp.issue(hosts)
+	cp.mu.Lock()
+	defer cp.mu.Unlock()
+	return cp.reread()
+}
+
+// reread is Refresh with the lock held.
+func (cp *ControlPlane) reread() error {
+	state, version, err := cp.vault.load()
+	if err != nil || version == cp.version && state.current.cert != nil {
+		return err
+	}
+	if state.current.cert == nil {
+		state = cp.view.Load().state
+		if version, err = cp.vault.save(state, version); err != nil {
+			return err
+		}
+	}
+	cp.show(state, version)
+	return errors.Join(cp.writeAnchors(state), cp.fit(false))
+}
+
+// keep saves a new state, shows it, and serves what fits it.
+func (cp *ControlPlane) keep(state authorities) error {
+	version, err := cp.vault.save(state, cp.version)
+	if errs.Is(err, errs.Conflict) {
+		return errors.Join(errs.New(errs.Conflict, "another control plane has changed the authority at the same moment; look at where it is, and try again"), cp.reread())
+	}
+	if err != nil {
+		return err
+	}
+	cp.show(state, version)
+	err = nil
+	if cp.config.Vault != nil {
+		err = cp.writeAnchors(state)
+	}
+	return errors.Join(err, cp.fit(false))
+}
+
+// writeAnchors writes kuma-cp.crt where the authority is kept elsewhere.
+func (cp *ControlPlane) writeAnchors(state authorities) error {
+	want := state.anchors()
+	if have, err := readFile(cp.path(CAFile)); err == nil && bytes.Equal(have, want) {
+		return nil
+	}
+	return writeFile(cp.path(CAFile), want)
 }
 
 func (cp *ControlPlane) path(name string) string { return filepath.Join(cp.config.Dir, name) }
 
-// hosts returns the names and addresses that the server's certificate is for.
-func (cp *ControlPlane) hosts() ([]string, error) {
-	var hosts []string
+// machine lists this machine's own names and addresses.
+func machine() ([]string, error) {
+	var out []string
 	if name, err := os.Hostname(); err == nil && plainHost(name) {
-		hosts = append(hosts, name)
+		out = append(out, name)
 	}
-	hosts = append(hosts, "localhost")
-	hosts = append(hosts, cp.config.Hostnames...)
 	addrs, err := net.InterfaceAddrs()
 	if err != nil {
 		return nil, errs.New(errs.Internal, "list this machine's addresses: %w", err)
 	}
 	for _, a := range addrs {
 		if n, ok := a.(*net.IPNet); ok {
-			hosts = append(hosts, n.IP.String())
+			out = append(out, n.IP.String())
 		}
 	}
-	dns, ips, err := splitHosts(append(hosts, "127.0.0.1", "::1"))
+	return out, nil
+}
+
+// hosts returns the names and addresses that the server's certificate is for;
+// the first is a name.
+func (cp *ControlPlane) hosts() ([]string, error) {
+	own, err := cp.config.Machine()
+	if err != nil {
+		return nil, err
+	}
+	dns, ips, err := splitHosts(slices.Concat(own, []string{"localhost"}, cp.config.Hostnames, []string{"127.0.0.1", "::1"}))
 	if err != nil {
 		return nil, errs.New(errs.Invalid, "host names of the control plane: %w", err)
 	}
 	return slices.Concat(dns, ipTexts(ips)), nil
 }
 
-func (cp *ControlPlane) makeCA(certFile, keyFile string) error {
-	key, err := NewKey()
-	if err != nil {
-		return err
+// fit makes sure that the certificate which is served fits the authority, this
+// machine and the time. Exact wants exactly this machine's names; otherwise
+// one that is gone does no harm.
+func (cp *ControlPlane) fit(exact bool) error {
+	if cp.unsaved != nil && cp.unsaved() == nil {
+		cp.unsaved = nil
 	}
-	id := make([]byte, 4)
-	rand.Read(id) // never fails (crypto/rand)
-	cert, keyPEM, err := selfSign(key, &x509.Certificate{
-		Subject:    pkix.Name{Organization: []string{"Kuma"}, CommonName: "kuma-cp CA " + hex.EncodeToString(id)},
-		KeyUsage:   x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
-		IsCA:       true,
-		MaxPathLen: -1,
-	}, serverBackdate, caLife)
-	if err != nil {
-		return err
+	signer, cross := cp.view.Load().state.signer()
+	if signer.serves { // a pair of the original
+		if now := cp.cert.Load(); now == nil || !now.Leaf.Equal(signer.cert) {
+			cp.cert.Store(&tls.Certificate{Certificate: [][]byte{signer.cert.Raw}, PrivateKey: signer.key, Leaf: signer.cert})
+		}
+		return nil
 	}
-	return writePair(certFile, keyFile, cert, keyPEM)
+	now := cp.cert.Load()
+	hosts, err := cp.hosts()
+	if err != nil {
+		if now == nil {
+			return err
+		}
+		hosts = sans(now.Leaf)
+	}
+	clock, last := time.Now(), cp.looked
+	if clock.After(last) {
+		cp.looked = clock
+	}
+	if now == nil || !signer.fits(now.Leaf, hosts, exact, clock, last) {
+		return cp.makeServer(signer, cross, hosts)
+	}
+	if len(now.Certificate) == 1+len(cross) && slices.EqualFunc(now.Certificate[1:], cross, bytes.Equal) {
+		return nil
+	}
+	// The same certificate with another chain.
+	next := &tls.Certificate{Certificate: append([][]byte{now.Leaf.Raw}, cross...), PrivateKey: now.PrivateKey, Leaf: now.Leaf}
+	return cp.serve(next, func() error { return writeFile(cp.path(ServerFile), chain(next)) })
 }
 
-// makeServer signs a server certificate, saves it and serves it.
-func (cp *ControlPlane) makeServer(ca *x509.Certificate, caKey any, hosts []string) error {
+// makeServer signs a server certificate, serves it and saves it.
+func (cp *ControlPlane) makeServer(ca authority, cross [][]byte, hosts []string) error {
 	now := time.Now()
-	if now.Before(ca.NotBefore) || now.After(ca.NotAfter) {
-		return errs.New(errs.Invalid, "the authority in %s is valid from %s to %s, not now; set the clock right, or remove %s and %s to have new ones made", cp.path(CAFile), ca.NotBefore.UTC().Format(time.RFC3339), ca.NotAfter.UTC().Format(time.RFC3339), CAFile, CAKeyFile)
+	if now.Before(ca.cert.NotBefore) || now.After(ca.cert.NotAfter) {
+		return errs.New(errs.Invalid, "the authority in %s is valid from %s to %s, not now; set the clock right, or remove %s and %s to have new ones made", cp.path(CAFile), ca.cert.NotBefore.UTC().Format(time.RFC3339), ca.cert.NotAfter.UTC().Format(time.RFC3339), CAFile, CAKeyFile)
 	}
 	key, err := NewKey()
 	if err != nil {
@@ -213,73 +362,77 @@ func (cp *ControlPlane) makeServer(ca *x509.Certificate, caKey any, hosts []stri
 		return err
 	}
 	end := now.Add(serverLife)
-	if end.After(ca.NotAfter) {
-		end = ca.NotAfter
+	if end.After(ca.cert.NotAfter) {
+		end = ca.cert.NotAfter
 	}
 	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
 		SerialNumber: number, Subject: commonName(hosts[0]), DNSNames: dns, IPAddresses: ips,
 		NotBefore: now.Add(-serverBackdate), NotAfter: end,
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 		BasicConstraintsValid: true,
-	}, ca, key.signer.Public(), caKey)
+	}, ca.cert, key.signer.Public(), ca.key)
 	if err != nil {
 		return errs.New(errs.Internal, "sign the server's certificate: %w", err)
+	}
+	leaf, err := x509.ParseCertificate(der)
+	if err != nil {
+		return errs.New(errs.Internal, "read the server's new certificate: %w", err)
 	}
 	keyPEM, err := key.PEM()
 	if err != nil {
 		return err
 	}
-	if err := writePair(cp.path(ServerFile), cp.path(ServerKeyFile), encodeCert(der), keyPEM); err != nil {
-		return err
-	}
-	pair, _, err := LoadPair(cp.path(ServerFile), cp.path(ServerKeyFile))
-	if err != nil {
-		return err
-	}
-	cp.cert.Store(pair)
-	return nil
+	pair := &tls.Certificate{Certificate: append([][]byte{der}, cross...), PrivateKey: key.signer, Leaf: leaf}
+	return cp.serve(pair, func() error { return writePair(cp.path(ServerFile), cp.path(ServerKeyFile), chain(pair), keyPEM) })
 }
 
-// Run renews the server's certificate when two thirds of its life are gone,
-// until the context ends. Open connections are not touched. A renewal that
-// fails is handed to failed, which may be nil, and tried again each minute.
+// serve shows a certificate at the next handshake. It is shown even where it
+// can't be written, which is tried again: a full disk is no reason to let the
+// one before expire.
+func (cp *ControlPlane) serve(pair *tls.Certificate, save func() error) error {
+	first := cp.cert.Load() == nil
+	cp.cert.Store(pair)
+	cp.unsaved, cp.looked = nil, time.Time{}
+	err := save()
+	if err != nil && !first {
+		cp.unsaved = save
+	}
+	return err
+}
+
+// chain is what a certificate file holds.
+func chain(pair *tls.Certificate) []byte {
+	var out []byte
+	for _, der := range pair.Certificate {
+		out = append(out, encodeCert(der)...)
+	}
+	return out
+}
+
+// Run renews the server's certificate until the context ends: when two thirds
+// of its life are gone, and when this machine has got a name or an address that
+// it lacks. Open connections are not touched. A renewal that fails is handed to
+// failed, which may be nil, and tried again.
 func (cp *ControlPlane) Run(ctx context.Context, failed func(error)) error {
+	if cp.vault == nil {
+		<-ctx.Done()
+		return nil
+	}
+	tick := time.NewTicker(cp.config.Every)
+	defer tick.Stop()
 	for {
-		if cp.issue == nil {
-			<-ctx.Done()
-			return nil
-		}
-		leaf := cp.cert.Load().Leaf
-		timer := time.NewTimer(time.Until(RenewAt(leaf.NotBefore, leaf.NotAfter, 0)))
 		select {
 		case <-ctx.Done():
-			timer.Stop()
 			return nil
-		case <-timer.C:
+		case <-tick.C:
 		}
-		err := cp.renew()
-		if err == nil {
-			continue
-		}
-		if failed != nil {
+		cp.mu.Lock()
+		err := cp.fit(false)
+		cp.mu.Unlock()
+		if err != nil && failed != nil {
 			failed(err)
 		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-time.After(retryRenewal):
-		}
 	}
-}
-
-func (cp *ControlPlane) renew() error {
-	cp.mu.Lock()
-	defer cp.mu.Unlock()
-	hosts, err := cp.hosts()
-	if err != nil {
-		return err
-	}
-	return cp.issue(hosts)
 }
 
 // TLS returns a configuration for a server: TLS 1.2 and newer, the current
@@ -293,19 +446,68 @@ func (cp *ControlPlane) TLS() *tls.Config {
 	}
 }
 
-// CA returns what clients verify the servers with, as PEM: the authority, or
-// the certificates of CertFile.
-func (cp *ControlPlane) CA() []byte { return slices.Clone(cp.ca) }
+// CA returns what clients verify the servers with, as PEM: the authority, while
+// it is rotated the old and the new one, or the certificates of CertFile.
+func (cp *ControlPlane) CA() []byte { return slices.Clone(cp.view.Load().anchors) }
+
+// Trust returns the anchors that proxies are to trust, as PEM, and the
+// revision that names exactly these. Both are zero where the certificates are
+// not the control plane's own.
+func (cp *ControlPlane) Trust() (bundle []byte, revision int64) {
+	v := cp.view.Load()
+	return slices.Clone(v.bundle), v.revision
+}
+
+// Subscribe returns a channel that gets a signal after the authority may have
+// changed; it holds one. Stop ends it.
+func (cp *ControlPlane) Subscribe() (changed <-chan struct{}, stop func()) {
+	w := make(chan struct{}, 1)
+	cp.watching.Lock()
+	defer cp.watching.Unlock()
+	cp.watchers[w] = struct{}{}
+	return w, func() {
+		cp.watching.Lock()
+		defer cp.watching.Unlock()
+		delete(cp.watchers, w)
+	}
+}
 
 // SANs returns the names and addresses that the server's certificate is valid
 // for.
-func (cp *ControlPlane) SANs() []string {
-	leaf := cp.cert.Load().Leaf
-	return slices.Concat(leaf.DNSNames, ipTexts(leaf.IPAddresses))
-}
+func (cp *ControlPlane) SANs() []string { return sans(cp.cert.Load().Leaf) }
 
 // Expires returns when the server's certificate ends.
 func (cp *ControlPlane) Expires() time.Time { return cp.cert.Load().Leaf.NotAfter }
+
+// Expiries lists the authority, while it is rotated the next one as well, and
+// the server's certificate.
+func (cp *ControlPlane) Expiries() []Expiry {
+	leaf := cp.cert.Load().Leaf
+	if cp.vault == nil {
+		return []Expiry{{Name: "general", File: cp.config.CertFile, Subject: named(leaf), NotAfter: leaf.NotAfter}}
+	}
+	s := cp.view.Load().state
+	file := ""
+	if cp.config.Vault == nil {
+		file = cp.path(CAFile)
+	}
+	out := []Expiry{{Name: "control-plane-ca", File: file, Subject: named(s.current.cert), NotAfter: s.current.cert.NotAfter}}
+	if s.next != nil {
+		out = append(out, Expiry{Name: "control-plane-ca-next", File: file, Subject: named(s.next.cert), NotAfter: s.next.cert.NotAfter})
+	}
+	return append(out, Expiry{Name: "control-plane-server", File: cp.path(ServerFile), Subject: named(leaf), NotAfter: leaf.NotAfter})
+}
+
+// named is a certificate's subject, or its first name where it has none.
+func named(c *x509.Certificate) string {
+	if s := c.Subject.String(); s != "" {
+		return s
+	}
+	if all := sans(c); len(all) > 0 {
+		return all[0]
+	}
+	return "serial " + c.SerialNumber.Text(16)
+}
 
 // Made reports whether the authority was made by this start, so that clients
 // can't know it yet.
@@ -370,13 +572,9 @@ func serves(c *x509.Certificate) bool {
 	return len(c.DNSNames)+len(c.IPAddresses) > 0 && slices.Contains(c.ExtKeyUsage, x509.ExtKeyUsageServerAuth)
 }
 
-// current reports whether a server certificate can be kept: signed by the
-// authority, for exactly the hosts, with more than a third of its life left.
-func current(leaf, ca *x509.Certificate, hosts []string) bool {
-	have, want := slices.Concat(leaf.DNSNames, ipTexts(leaf.IPAddresses)), slices.Clone(hosts)
-	slices.Sort(have)
-	slices.Sort(want)
-	return leaf.CheckSignatureFrom(ca) == nil && slices.Equal(have, want) && time.Now().Before(RenewAt(leaf.NotBefore, leaf.NotAfter, 0))
+// sans are the names and addresses that a certificate is for.
+func sans(c *x509.Certificate) []string {
+	return slices.Concat(c.DNSNames, ipTexts(c.IPAddresses))
 }
 
 func missing(leaf *x509.Certificate, hosts []string) []string {

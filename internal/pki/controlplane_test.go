@@ -196,7 +196,7 @@ func newKeyPEM(t *testing.T) []byte {
 
 func TestRunRenews(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		cp := open(t, pki.ControlPlaneConfig{Dir: t.TempDir()})
+		cp := open(t, pki.ControlPlaneConfig{Dir: t.TempDir(), Every: time.Hour})
 		first := cp.Expires()
 		go cp.Run(t.Context(), func(err error) { t.Error(err) })
 		for range 365 {
