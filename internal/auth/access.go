@@ -92,6 +92,9 @@ const (
 	ViewMetadata
 	// ViewKinds shows what the API offers, and counts.
 	ViewKinds
+	// ViewTLS shows who is connected, from where, and how well that is guarded;
+	// it is for those who may see secrets.
+	ViewTLS
 )
 
 // Access answers who may do what. It never changes.
@@ -166,6 +169,8 @@ func (a *Access) Do(c Caller, action Action) error {
 		r = rule{a.lists.ViewClusters, "envoy proxy info"}
 	case ViewMetadata:
 		r = rule{a.lists.ControlPlaneMetadata, "control-plane metadata"}
+	case ViewTLS:
+		r = rule{a.lists.AdminResources, "the TLS report"}
 	case ViewKinds:
 		r = rule{Principals{Groups: []string{AuthenticatedGroup, AnonymousGroup}}, "the API's description"}
 	}

@@ -20,7 +20,7 @@ import (
 // everything has all optional parts, so that all routes are there.
 func everything(c *rest.Config, _ *auth.AccessConfig) {
 	c.GUI = fstest.MapFS{"index.html": {Data: []byte("<!doctype html>")}, "app.js": {Data: []byte("1")}}
-	c.Inspector, c.Explainer = fakeProxy{}, fakeProxy{}
+	c.Inspector, c.Explainer, c.TLSReporter = fakeProxy{}, fakeProxy{}, fakeProxy{}
 }
 
 // fakeProxy is what stands behind the inspecting routes.
@@ -55,6 +55,13 @@ func (fakeProxy) Selected(context.Context, *resource.Resource) ([]*resource.Reso
 	return nil, nil
 }
 
+func (fakeProxy) TLSReport(_ context.Context, mesh string) (rest.TLSReport, error) {
+	if mesh == "gone" {
+		return rest.TLSReport{}, errs.New(errs.NotFound, "there is no mesh %q", mesh)
+	}
+	return rest.TLSReport{Store: "memory", Links: []rest.TLSLink{{Kind: "proxy", Mesh: mesh}}}, nil
+}
+
 // TestAccess is HRD-03: every route, every method, every role. A route that is
 // not in the table fails, so a new one needs an entry here as well as a rule.
 func TestAccess(t *testing.T) {
@@ -64,7 +71,7 @@ func TestAccess(t *testing.T) {
 	)
 	rules := map[string]string{
 		"everyone": all, "any user": users, "view metadata": users, "view xds": users, "view stats": users, "view clusters": users,
-		"generate dataplane token": admins, "generate user token": admins, "generate zone token": admins, "read the KRI's kind": users,
+		"generate dataplane token": admins, "generate user token": admins, "generate zone token": admins, "read the KRI's kind": users, "view the TLS report": admins,
 		"read Secret": admins, "write Secret": admins, "read GlobalSecret": admins, "write GlobalSecret": admins,
 	}
 	for _, k := range kinds() {
@@ -337,6 +344,28 @@ func TestInspect(t *testing.T) {
 	for _, path := range []string{"/xds", "/_config", "/policies", "/_rules"} {
 		none.want(none.get(one+path), 503)
 	}
+}
+
+// The TLS report is for administrators; a caller is noted once it is known who
+// it is.
+func TestTLSReport(t *testing.T) {
+	var called []string
+	a := newAPI(t, everything, func(c *rest.Config, _ *auth.AccessConfig) {
+		c.Called = func(_ *http.Request, who auth.Caller) { called = append(called, who.Name()) }
+	})
+	w := a.get("/tls-report?mesh=default")
+	a.want(w, 200)
+	if !strings.Contains(w.Body.String(), `"store": "memory"`) || !strings.Contains(w.Body.String(), `"mesh": "default"`) {
+		t.Errorf("report: %s", w.Body)
+	}
+	a.want(a.get("/tls-report?mesh=gone"), 404)
+	a.want(a.do(a.user, "GET", "/tls-report", ""), 403)
+	a.want(a.do("", "GET", "/tls-report", ""), 403)
+	a.want(a.do("x.y.z", "GET", "/tls-report", ""), 401)
+	if d := cmp.Diff([]string{"mesh-system:admin", "mesh-system:admin", "alice", auth.AnonymousName}, called); d != "" {
+		t.Error(d)
+	}
+	newAPI(t).want(newAPI(t).get("/tls-report"), 503)
 }
 
 func TestGUI(t *testing.T) {

@@ -136,6 +136,11 @@ type Config struct {
 	// Catalog is what GET /catalog answers to kumactl of Kuma 0.7; nil means
 	// that there is no such route.
 	Catalog json.RawMessage
+	// TLSReporter may be nil: its route then answers 503.
+	TLSReporter TLSReporter
+	// Called is told of each caller who was authenticated, before the request is
+	// handled; may be nil.
+	Called func(*http.Request, auth.Caller)
 	// GUI holds the GUI's static files; nil means there is none.
 	GUI fs.FS
 	// Lenient drops unknown fields of specifications, as the original does.
@@ -239,6 +244,7 @@ func New(c Config) (*Server, error) {
 	s.tokens()
 	s.legacy()
 	s.inspect()
+	s.tlsReport()
 	s.gui()
 	s.mount()
 	return s, nil
@@ -311,6 +317,9 @@ func (s *Server) dispatch(w http.ResponseWriter, r *http.Request, methods map[st
 		caller, err := s.cfg.Authn.HTTP(r)
 		if err == nil {
 			req.caller = caller
+			if s.cfg.Called != nil {
+				s.cfg.Called(r, caller)
+			}
 			err = rt.access.check(s.cfg.Access, caller, r)
 		}
 		if err != nil {

@@ -1,0 +1,161 @@
+package rest
+
+import (
+	"context"
+	"net/http"
+	"time"
+
+	"kuma/internal/auth"
+	"kuma/internal/errs"
+)
+
+// TLSReporter says how every link of the mesh is encrypted and authenticated.
+// A mesh narrows the proxies down to its own; empty means all. Errors are
+// NotFound for a mesh that is not there.
+type TLSReporter interface {
+	TLSReport(ctx context.Context, mesh string) (TLSReport, error)
+}
+
+// TLSReport is the answer of GET /tls-report: what is connected to this
+// instance of the control plane now, and what is not as it should be.
+type TLSReport struct {
+	// Time is when the report was made, Instance names who made it.
+	Time     time.Time `json:"time"`
+	Instance string    `json:"instance"`
+	// Store is where resources are kept: "file" or "memory", which no network
+	// leads to.
+	Store string `json:"store"`
+	// Servers are this instance's own ports.
+	Servers []TLSServer `json:"servers"`
+	// Links are the connections to them that are open; at most 20,000, of which
+	// LinksLeftOut says how many there are beyond.
+	Links        []TLSLink `json:"links"`
+	LinksLeftOut int       `json:"linksLeftOut"`
+	// Envoys are connections between proxies, as the one that accepted them
+	// counts them: at most 50 proxies are asked, EnvoysLeftOut says how many were
+	// not.
+	Envoys        []TLSEnvoy `json:"envoys"`
+	EnvoysLeftOut int        `json:"envoysLeftOut"`
+	// Certificates are those that this instance shows, signs with or trusts.
+	Certificates []TLSCertificate `json:"certificates"`
+	// Findings are what is not as it should be, the gravest first.
+	Findings []TLSFinding `json:"findings"`
+}
+
+// TLSServer is a port of this instance.
+type TLSServer struct {
+	// Name is "dp-server", "api-http", "api-https", "diagnostics", …
+	Name string `json:"name"`
+	// Address is where it listens.
+	Address string `json:"address"`
+	// TLS says whether it has TLS. MinVersion is then the oldest version that it
+	// takes, and ClientCertificates "none", "asked for" or "required".
+	TLS                bool   `json:"tls"`
+	MinVersion         string `json:"minVersion,omitempty"`
+	ClientCertificates string `json:"clientCertificates,omitempty"`
+	// Certificate is the one that it shows now.
+	Certificate *TLSCertificate `json:"certificate,omitempty"`
+}
+
+// TLSLink is one open connection.
+type TLSLink struct {
+	// Kind is the sort of peer: "proxy", "user", "prometheus", "diagnostics" or
+	// "unknown".
+	Kind string `json:"kind"`
+	// Peer is the proxy as mesh/name, the user who sent the last request, or
+	// empty where it did not say.
+	Peer string `json:"peer"`
+	// Mesh is a proxy's.
+	Mesh string `json:"mesh,omitempty"`
+	// Streams are a proxy's: "ads", "hds", "link".
+	Streams []string `json:"streams,omitempty"`
+	// Server names the port, Remote is where the connection comes from, Since
+	// when it came.
+	Server string    `json:"server"`
+	Remote string    `json:"remote"`
+	Since  time.Time `json:"since"`
+	// Version is the protocol's, such as "TLS 1.3"; empty without TLS. Group is
+	// that of the key exchange, such as "X25519MLKEM768".
+	Version string `json:"version"`
+	Group   string `json:"group"`
+	Cipher  string `json:"cipher"`
+	// Certificate is what this instance showed, ClientCertificate what the peer
+	// did.
+	Certificate       *TLSCertificate `json:"certificate,omitempty"`
+	ClientCertificate *TLSCertificate `json:"clientCertificate,omitempty"`
+	// VerifiedBy says how this instance knows the peer.
+	VerifiedBy string `json:"verifiedBy"`
+}
+
+// TLSEnvoy is what one proxy counted of the connections that other proxies made
+// to it, since its start.
+type TLSEnvoy struct {
+	Mesh  string `json:"mesh"`
+	Proxy string `json:"proxy"`
+	// Certificate is the one that it shows.
+	Certificate *TLSCertificate `json:"certificate,omitempty"`
+	// VerifiedBy names the authority on which both sides rely.
+	VerifiedBy string `json:"verifiedBy"`
+	// Versions, Groups and Ciphers count connections, by name.
+	Versions map[string]uint64 `json:"versions"`
+	Groups   map[string]uint64 `json:"groups"`
+	Ciphers  map[string]uint64 `json:"ciphers"`
+	// Refused counts connections that were refused because of the peer's
+	// certificate.
+	Refused uint64 `json:"refused"`
+	// Error says why the proxy could not be asked; empty where it was.
+	Error string `json:"error,omitempty"`
+}
+
+// TLSCertificate is a certificate.
+type TLSCertificate struct {
+	// Name says which one of the control plane's own it is; empty elsewhere.
+	Name string `json:"name,omitempty"`
+	// File is where it was read from; empty where it was not.
+	File    string `json:"file,omitempty"`
+	Subject string `json:"subject"`
+	// Issuer is empty where it is not known.
+	Issuer   string    `json:"issuer,omitempty"`
+	NotAfter time.Time `json:"notAfter"`
+}
+
+// How grave a finding is.
+const (
+	// SeverityCritical: something is readable or can be taken over by others.
+	SeverityCritical = "critical"
+	// SeverityWarning: something is weaker than it could be, or soon ends.
+	SeverityWarning = "warning"
+	// SeverityNote: something that can't be known, or that others have to mend.
+	SeverityNote = "note"
+)
+
+// TLSFinding is something that is not as it should be.
+type TLSFinding struct {
+	// Severity is "critical", "warning" or "note".
+	Severity string `json:"severity"`
+	// Message says what it is.
+	Message string `json:"message"`
+	// About names whom it concerns, the first ten; Count is how many there are.
+	About []string `json:"about"`
+	Count int      `json:"count"`
+	// Mend says what to do.
+	Mend string `json:"mend"`
+}
+
+// tlsReport declares the TLS report.
+func (s *Server) tlsReport() {
+	s.add(http.MethodGet, "/tls-report", does(auth.ViewTLS, "view the TLS report"), s.showTLSReport)
+}
+
+func (s *Server) showTLSReport(w http.ResponseWriter, r *request) error {
+	const title = "Could not make the TLS report"
+	if s.cfg.TLSReporter == nil {
+		return during(title, errs.New(errs.Unavailable, "this control plane makes no TLS report"))
+	}
+	report, err := s.cfg.TLSReporter.TLSReport(r.Context(), r.URL.Query().Get("mesh"))
+	if err != nil {
+		return during(title, err)
+	}
+	s.answer(w, http.StatusOK, report)
+	return nil
+}
