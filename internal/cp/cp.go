@@ -61,9 +61,6 @@ type ControlPlane struct {
 	// servers show that have none of their own: certs, or a pair of files.
 	files   *pki.Files
 	general certificate
-	// apiClients are whose client certificates the API takes, adminClients those
-	// of them that may make an administrator.
-	apiClients, adminClients *clientCAs
 	// admins vouch for administrators' client certificates; nil where those don't
 	// count.
 	admins *clientCAs

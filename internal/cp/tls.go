@@ -249,12 +249,31 @@ type clientCAs struct {
 	now     *x509.CertPool
 }
 
+// openFiles opens the operator's certificate files that more than one part
+// needs, and those of servers that have no port yet.
+func (c *ControlPlane) openFiles() error {
+	c.expiring = append(c.expiring, c.files.Expiries)
+	if g := c.cfg.General; g.TLSCertFile != "" {
+		pair, err := c.openPair("KUMA_GENERAL", g.TLSCertFile, g.TLSKeyFile)
+		if err != nil {
+			return err
+		}
+		c.general = pair
+	}
+	if kds := c.cfg.Multizone.Global.KDS; kds.TLSEnabled && kds.TLSCertFile != "" {
+		if _, err := c.openPair("KUMA_MULTIZONE_GLOBAL_KDS", kds.TLSCertFile, kds.TLSKeyFile); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // clientSource is a setting that names a file or a directory of authorities of
-// clients' certificates.
+// clients' certificates. The name is that of its Expiry.
 type clientSource struct{ name, setting, path string }
 
-// clientCAs opens the sources whose path is set and watches them. It is nil
-// where there is none.
+// clientCAs opens the sources whose path is set, in their order, and watches
+// them. It is nil where there is none.
 func (c *ControlPlane) clientCAs(required bool, sources ...clientSource) (*clientCAs, error) {
 	a := &clientCAs{required: required}
 	for _, s := range sources {
@@ -273,9 +292,60 @@ func (c *ControlPlane) clientCAs(required bool, sources ...clientSource) (*clien
 	return a, nil
 }
 
-// pool is what is trusted now; it is never nil, which would mean the
+// advertised lists names and addresses that clients are told to use: the
+// certificate that the control plane makes itself is for them too.
+func (c *Config) advertised() []string {
+	var out []string
+	for _, name := range []string{c.General.AdvertisedHostname, c.BootstrapServer.Params.XDSHost} {
+		if name != "" && !slices.Contains(out, name) {
+			out = append(out, name)
+		}
+	}
+	return out
+}
+
+// checkXDSHost refuses an address for proxies that the certificate of their
+// server is not for.
+func (c *Config) checkXDSHost(cert certificate) error {
+	host, sans := c.BootstrapServer.Params.XDSHost, cert.SANs()
+	if host == "" {
+		return nil
+	}
+	leaf := new(x509.Certificate)
+	for _, name := range sans {
+		if ip := net.ParseIP(name); ip != nil {
+			leaf.IPAddresses = append(leaf.IPAddresses, ip)
+		} else {
+			leaf.DNSNames = append(leaf.DNSNames, name)
+		}
+	}
+	if leaf.VerifyHostname(host) == nil {
+		return nil
+	}
+	return errs.New(errs.Invalid, "KUMA_BOOTSTRAP_SERVER_PARAMS_XDS_HOST: the certificate of the server for proxies is not for %q but for %q; set one of these, or give the server a certificate that has the name", host, sans)
+}
+
+// tlsPosture says at start what the TLS settings mean for clients.
+func (c *ControlPlane) tlsPosture() {
+	if c.cfg.General.TLSRequirePQ {
+		c.log.Info("clients without the key exchange X25519MLKEM768 are refused on every TLS port; KUMA_GENERAL_TLS_REQUIRE_PQ=false ends it")
+	}
+	if c.cfg.Diagnostics.TLSEnabled {
+		c.log.Info("the diagnostics server speaks TLS: probes and scrapers need https", "port", c.cfg.Diagnostics.ServerPort)
+	}
+	if api := c.cfg.APIServer; !api.HTTPS.Enabled && (api.HTTPS.TLSCAFile != "" || api.Auth.ClientCertsDir != "") {
+		c.log.Warn("client certificates mean nothing without TLS: KUMA_API_SERVER_HTTPS_ENABLED is false")
+	} else if api.HTTPS.RequireClientCert && api.HTTP.Enabled && !loopback(api.HTTP.Interface) {
+		c.log.Warn("client certificates are demanded on the port with TLS only, and the one without it is open to other machines; KUMA_API_SERVER_HTTP_INTERFACE=127.0.0.1 or KUMA_API_SERVER_HTTP_ENABLED=false ends it", "port", api.HTTP.Port)
+	}
+}
+
+// pool is what is trusted now: nothing where there is no source. It is never nil, which would mean the
 // authorities of this machine.
 func (a *clientCAs) pool() *x509.CertPool {
+	if a == nil {
+		return x509.NewCertPool()
+	}
 	var version uint64
 	for _, p := range a.from {
 		version += p.Version()
