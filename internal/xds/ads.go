@@ -10,6 +10,7 @@ import (
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -42,6 +43,8 @@ type adsStream struct {
 	config envoy.Resources
 	// made: a configuration was made, by picture.
 	made bool
+	// took is how many milliseconds that was, until it is counted.
+	took float64
 	// need: there may be something to send although the configuration was let go.
 	need bool
 	// failure is why the last one could not be made.
@@ -52,6 +55,8 @@ type adsStream struct {
 	retry   time.Time // when to go on without an acknowledgement
 	again   time.Time // when to make the configuration again; zero: never
 	bind    bindRetry
+	// regenerated counts the configurations of the proxy's mesh.
+	regenerated prometheus.Counter
 }
 
 // DeltaAggregatedResources serves one Envoy.
@@ -224,8 +229,10 @@ func (a *adsStream) look() error {
 		n := a.session.Node
 		a.insight = a.srv.cfg.Insights.Connect(n.Mesh, n.Name, n.Metadata, n.Version)
 	}
+	start := time.Now()
 	if changes, all := pic.Since(old); all && a.made && !a.srv.cfg.Generator.Affected(pic, a.session.Node, changes) {
 		a.srv.stats.Skipped.Add(1)
+		a.srv.stats.unrelated.Observe(since(start))
 		return nil
 	}
 	a.made, a.config = false, nil
@@ -248,6 +255,7 @@ func (a *adsStream) make() error {
 	}
 	// A goroutine of its own has the deep stack that this takes; the loop's stays
 	// small while it waits, which is most of its life.
+	start := time.Now()
 	var config envoy.Resources
 	var err error
 	made := make(chan struct{})
@@ -275,6 +283,13 @@ func (a *adsStream) make() error {
 		return nil
 	}
 	a.srv.stats.Generated.Add(1)
+	a.srv.stats.snapshot(config)
+	if a.regenerated == nil {
+		// Only now, so that nobody makes up the names of meshes.
+		a.regenerated = a.srv.stats.regenerated.WithLabelValues(a.dataplane.Mesh)
+	}
+	a.regenerated.Inc()
+	a.took = since(start)
 	a.failure, a.config = nil, config
 	a.again = a.srv.cfg.Generator.Again(a.session.Node)
 	return nil
@@ -306,9 +321,13 @@ func (a *adsStream) request(r *discoveryv3.DeltaDiscoveryRequest) error {
 	switch {
 	case out.acknowledged:
 		a.srv.stats.Acknowledged.Add(1)
+		a.srv.stats.of(url).acknowledged.Inc()
+		a.srv.stats.delivery.Observe(since(out.sent))
 		a.count(url, insight.Count{Acknowledged: 1})
 	case out.rejected:
 		a.srv.stats.Rejected.Add(1)
+		a.srv.stats.of(url).rejected.Inc()
+		a.srv.stats.delivery.Observe(since(out.sent))
 		a.count(url, insight.Count{Rejected: 1})
 		a.log.Warn("a proxy's Envoy has refused its configuration", "type", url, "reason", r.GetErrorDetail().GetMessage())
 		a.bind.refused(time.Now(), a.delta.rejections())
@@ -339,6 +358,7 @@ func (a *adsStream) push() error {
 		}
 		responses, retry := a.delta.next(have, a.certs.pending, time.Now())
 		a.retry = retry
+		a.measure(len(responses) > 0)
 		if err := a.send(responses); err != nil {
 			return err
 		}
@@ -351,6 +371,19 @@ func (a *adsStream) push() error {
 		clear(a.counts)
 	}
 	return nil
+}
+
+// measure counts how long the configuration took that is at hand, once. It
+// changed if there is something to send.
+func (a *adsStream) measure(changed bool) {
+	switch {
+	case a.took == 0:
+	case changed:
+		a.srv.stats.changed.Observe(a.took)
+	default:
+		a.srv.stats.same.Observe(a.took)
+	}
+	a.took = 0
 }
 
 func cloned(r envoy.Resources) envoy.Resources {
@@ -387,6 +420,7 @@ func (a *adsStream) send(responses []*discoveryv3.DeltaDiscoveryResponse) error 
 	}
 	for _, r := range responses {
 		a.srv.stats.Sent.Add(1)
+		a.srv.stats.of(r.GetTypeUrl()).sent.Inc()
 		a.count(r.GetTypeUrl(), insight.Count{Sent: 1})
 	}
 	return nil

@@ -82,7 +82,11 @@ func version(p *envoy.Packed) string {
 }
 
 // outcome is what a request told.
-type outcome struct{ acknowledged, rejected bool }
+type outcome struct {
+	acknowledged, rejected bool
+	// sent is when the response went out that was acknowledged or rejected.
+	sent time.Time
+}
 
 // request takes a request in. There is what exists now; it is asked for once
 // for each type.
@@ -195,7 +199,7 @@ func (k *kind) answer(url string, r *discoveryv3.DeltaDiscoveryRequest, now time
 			delete(k.refused, name)
 		}
 		delete(k.refused, "")
-		return outcome{acknowledged: true}
+		return outcome{acknowledged: true, sent: f.at}
 	}
 	message := strings.ToValidUTF8(r.GetErrorDetail().GetMessage(), "?")
 	if len(message) > maxMessage {
@@ -216,7 +220,7 @@ func (k *kind) answer(url string, r *discoveryv3.DeltaDiscoveryRequest, now time
 	if blamed == 0 {
 		k.refused[""] = mesh.Rejection{TypeURL: url, Message: message, Time: now.UTC()}
 	}
-	return outcome{rejected: true}
+	return outcome{rejected: true, sent: f.at}
 }
 
 // mentions tells whether a message has the name as a word of its own.

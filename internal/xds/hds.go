@@ -106,6 +106,9 @@ func (s *Server) StreamHealthCheck(g healthStream) (err error) {
 		return toStatus(err)
 	}
 	defer st.Close()
+	s.stats.HealthRequests.Add(1)
+	s.stats.HealthStreams.Add(1)
+	defer s.stats.HealthStreams.Add(-1)
 	h := &hdsStream{srv: s, grpc: g, session: st, log: s.cfg.Log.With("mesh", node.Mesh, "name", node.Name)}
 	return toStatus(h.run(messages, failed))
 }
@@ -165,7 +168,9 @@ func (h *hdsStream) look() error {
 		return err
 	}
 	h.dataplane, h.known, h.settled = d, true, false
+	start := time.Now()
 	spec, checks := h.srv.cfg.Health.specify(h.session.Node, d.Spec)
+	h.srv.stats.health.Observe(since(start))
 	if h.sent == nil && len(checks) == 0 || h.sent != nil && proto.Equal(spec, h.sent) {
 		// What was measured stays true; only places may have moved.
 		h.checks = carry(h.checks, checks)
@@ -176,6 +181,9 @@ func (h *hdsStream) look() error {
 	go func() { sent <- h.grpc.Send(spec) }()
 	select {
 	case err := <-sent:
+		if err != nil {
+			h.srv.stats.HealthFailed.Add(1)
+		}
 		return ended(err)
 	case <-h.session.Ended():
 		return h.session.Cause()

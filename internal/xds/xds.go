@@ -10,7 +10,6 @@ import (
 	"net"
 	"runtime"
 	"runtime/debug"
-	"sync/atomic"
 	"time"
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
@@ -79,21 +78,6 @@ type Server struct {
 	stats Stats
 }
 
-// Stats counts what a Server did. Read it while it runs.
-type Stats struct {
-	// Streams is how many ADS streams are open now.
-	Streams atomic.Int64
-	// Generated counts configurations made, Skipped pictures that did not
-	// concern a proxy, Failed configurations that could not be made.
-	Generated, Skipped, Failed atomic.Uint64
-	// Sent, Acknowledged and Rejected count responses.
-	Sent, Acknowledged, Rejected atomic.Uint64
-	// Reports counts health reports, Flips written changes of inbounds' states.
-	Reports, Flips atomic.Uint64
-	// Panics counts streams that ended by a fault of ours.
-	Panics atomic.Uint64
-}
-
 // New makes a Server; Register adds it to a gRPC server.
 func New(c Config) *Server {
 	if c.RetryBase == 0 {
@@ -112,7 +96,9 @@ func New(c Config) *Server {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
 	c.Health = c.Health.withDefaults()
-	return &Server{cfg: c, slots: make(chan struct{}, c.Concurrency)}
+	s := &Server{cfg: c, slots: make(chan struct{}, c.Concurrency)}
+	s.stats.open()
+	return s
 }
 
 // Register adds ADS and HDS to a gRPC server.
@@ -121,7 +107,7 @@ func (s *Server) Register(g grpc.ServiceRegistrar) {
 	healthv3.RegisterHealthDiscoveryServiceServer(g, s)
 }
 
-// Stats returns the server's counters.
+// Stats returns the server's counters, which are its metrics, too.
 func (s *Server) Stats() *Stats { return &s.stats }
 
 // StreamAggregatedResources is the protocol's other variant, which is not
