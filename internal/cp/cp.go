@@ -70,7 +70,7 @@ type ControlPlane struct {
 
 	sessions *session.Registry
 	insights *insight.Recorder
-	admin    *adminChannel
+	channel  *adminChannel
 	counted  []metric
 
 	// The servers, each with its listener.
@@ -183,9 +183,9 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 		Store: c.store, Tracker: c.tracker, Instance: instance, Every: cfg.XDSServer.DataplaneStatusFlushInterval,
 		Grace: cfg.XDSServer.ReturnDelay, Log: log.With("logger", "insight"),
 	})
-	c.admin = newAdminChannel(c.tracker, c.sessions, cfg.BootstrapServer.Params.AdminPort, log.With("logger", "admin"))
-	c.expiring = append(c.expiring, c.admin.Expiries)
-	gen := &generation{generator: generator, admin: c.admin, log: log.With("logger", "proxy")}
+	c.channel = newAdminChannel(c.tracker, c.sessions, cfg.BootstrapServer.Params.AdminPort, log.With("logger", "admin"))
+	c.expiring = append(c.expiring, c.channel.Expiries)
+	gen := &generation{generator: generator, admin: c.channel, log: log.With("logger", "proxy")}
 	ads := xds.New(xds.Config{
 		Tracker: c.tracker, Sessions: c.sessions, Generator: gen, Issuer: issuer, Insights: c.insights,
 		Health:    healthChecks(cfg.DPServer.HDS),
@@ -247,7 +247,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 			HTTPSPort: cfg.httpsPort(), AdminPort: cfg.adminPort(),
 		},
 		Settings:  func() ([]byte, error) { return conf.Redacted(cfg) },
-		Inspector: inspector{links, c.admin}, Explainer: explainer{generator, c.tracker, c.sessions, c.admin},
+		Inspector: inspector{links, c.channel}, Explainer: explainer{generator, c.tracker, c.sessions, c.channel},
 		Lenient: !cfg.APIServer.Strict, ReadOnly: cfg.APIServer.ReadOnly, BasePath: cfg.APIServer.BasePath,
 		CORSAllowedDomains: cfg.APIServer.CORSAllowedDomains, Log: log.With("logger", "rest"),
 		Bootstrap: front, Elsewhere: c.elsewhere, Catalog: c.catalog(),
@@ -456,7 +456,7 @@ func (c *ControlPlane) Run(ctx context.Context) error {
 	part("upkeep", c.keeper.Run)
 	part("sessions", c.sessions.Run)
 	part("insights", c.insights.Run)
-	part("admin channel", c.admin.Run)
+	part("admin channel", c.channel.Run)
 	part("certificates", func(ctx context.Context) error {
 		return c.certs.Run(ctx, func(err error) { c.log.Error("renew the control plane's certificate", "error", err) })
 	})
