@@ -39,6 +39,9 @@ type client struct {
 	mesh    string
 	// caFile and certFile are the CA's and the client's own certificate.
 	caFile, certFile string
+	// detour is where requests go instead, but for the index; nil means that
+	// they go to base.
+	detour *detour
 }
 
 // client returns a client for the context in use.
@@ -86,6 +89,9 @@ func (a *app) clientFor(cp controlPlane) (*client, error) {
 		if api.SkipVerify {
 			a.warn(notVerified, base)
 		}
+	}
+	if base.Scheme == "http" && api.ClientCertFile != "" {
+		c.detour = &detour{app: a, cp: cp}
 	}
 	c.http = &http.Client{Transport: transport, Timeout: a.timeout, CheckRedirect: sameHost}
 	return c, nil
@@ -216,6 +222,13 @@ func path(elements ...string) string {
 // do sends one request and returns the body of a successful answer. A status
 // of 400 or above is a *problem.
 func (c *client) do(ctx context.Context, method, path string, query url.Values, body []byte) (status int, answer []byte, err error) {
+	if c.detour != nil && path != "/" {
+		over, path, err := c.detour.to(ctx, c, path)
+		if err != nil {
+			return 0, nil, err
+		}
+		return over.do(ctx, method, path, query, body)
+	}
 	target := *c.base
 	target.RawPath = ""
 	escaped := strings.TrimSuffix(c.base.EscapedPath(), "/") + path
@@ -326,6 +339,10 @@ type index struct {
 	BasedOn    string `json:"basedOnKuma"`
 	InstanceID string `json:"instanceId"`
 	ClusterID  string `json:"clusterId"`
+	// HTTPSPort is where the API is served with TLS, AdminPort where the admin
+	// server of 0.7 is for other machines; 0 means that it does not say.
+	HTTPSPort uint16 `json:"httpsPort"`
+	AdminPort uint16 `json:"adminServerPort"`
 	// DryRun: PUT understands "dry-run=true". A server that doesn't know it
 	// would write.
 	DryRun bool `json:"dryRun"`

@@ -137,7 +137,9 @@ func (a *app) addControlPlane(ctx context.Context, cp controlPlane, overwrite, s
 	case base.Scheme == "https" && api.SkipVerify && skipCheck:
 		a.warn(notVerified, base)
 	}
-	if base.Scheme == "http" && api.AuthType != "" && !loopback(base.Hostname()) {
+	if base.Scheme == "http" && api.ClientCertFile != "" {
+		a.warn("a client certificate can't be shown without TLS: requests will go to the ports of %s that speak it; use the https:// address of its API (port 5682)", base)
+	} else if base.Scheme == "http" && api.AuthType != "" && !loopback(base.Hostname()) {
 		a.warn("the token will be sent without encryption to %s; use the https:// address of its API (port 5682)", base)
 	}
 	if !overwrite {

@@ -104,11 +104,19 @@ func (a *app) dataplaneTokenCommand() *cobra.Command {
 		Example: "  kumactl generate dataplane-token --name web-1 --tag kuma.io/service=web --valid-for 24h > web-1.token",
 		Args:    cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			if err := t.check(); err != nil {
-				return err
-			}
 			if c.Flags().Changed("type") {
 				a.warn("--type is deprecated; use --proxy-type")
+			}
+			if !c.Flags().Changed("valid-for") {
+				// Kuma 0.7's command, whose tokens had no end, is told by its --type.
+				if !c.Flags().Changed("type") {
+					return errs.New(errs.Invalid, `required flag(s) "valid-for" not set`)
+				}
+				t.validFor = tokenLife
+				a.warn("a token without --valid-for is deprecated; this one is valid for ten years: %s", t.validFor)
+			}
+			if err := t.check(); err != nil {
+				return err
 			}
 			if !slices.Contains([]string{"", "dataplane", "ingress", "egress"}, proxyType) {
 				return errs.New(errs.Invalid, "--proxy-type %q: must be dataplane, ingress or egress", proxyType)
@@ -143,6 +151,7 @@ func (a *app) dataplaneTokenCommand() *cobra.Command {
 	f.StringArrayVar(&tagPairs, "tag", nil, "tag KEY=VALUE[,VALUE] that the Dataplane must have; may be repeated")
 	f.StringVar(&workload, "workload", "", "the Dataplane's kuma.io/workload label")
 	t.add(c)
+	delete(f.Lookup("valid-for").Annotations, cobra.BashCompOneRequiredFlag)
 	return c
 }
 
