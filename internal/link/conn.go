@@ -30,6 +30,8 @@ type conn struct {
 	known     bool
 	told      []identity.Wanted
 	status    session.Status
+	// trusts is the revision of the anchors that were sent last.
+	trusts int64
 
 	signing  int
 	signed   chan signed
@@ -72,6 +74,15 @@ func (c *conn) run(messages <-chan *linkpb.FromProxy, failed <-chan error) error
 	if err := c.send(&linkpb.ToProxy{Message: &linkpb.ToProxy_Welcome{Welcome: &linkpb.Welcome{ControlPlaneInstance: c.srv.cfg.Instance}}}); err != nil {
 		return err
 	}
+	var trust <-chan struct{} // nil where there is nothing to tell
+	if c.srv.cfg.Trust != nil {
+		var stop func()
+		trust, stop = c.srv.cfg.Trust.Subscribe()
+		defer stop()
+		if err := c.tellTrust(); err != nil {
+			return err
+		}
+	}
 	if err := c.look(); err != nil {
 		return err
 	}
@@ -89,6 +100,8 @@ func (c *conn) run(messages <-chan *linkpb.FromProxy, failed <-chan error) error
 			err = c.look()
 		case <-c.session.Signal():
 			err = c.tell()
+		case <-trust:
+			err = c.tellTrust()
 		case r := <-c.signed:
 			c.signing--
 			err = c.answer(r)
@@ -185,6 +198,16 @@ func (c *conn) tell() error {
 	return c.send(&linkpb.ToProxy{Message: &linkpb.ToProxy_ConfigStatus{ConfigStatus: m}})
 }
 
+// tellTrust sends the control plane's own anchors, when they changed.
+func (c *conn) tellTrust() error {
+	bundle, revision := c.srv.cfg.Trust.Trust()
+	if revision == c.trusts || len(bundle) == 0 {
+		return nil
+	}
+	c.trusts = revision
+	return c.send(&linkpb.ToProxy{Message: &linkpb.ToProxy_Trust{Trust: &linkpb.Trust{Bundle: bundle, Revision: revision}}})
+}
+
 // handle takes in what kuma-dp says. What is not known here is ignored: kuma-dp
 // may be newer.
 func (c *conn) handle(m *linkpb.FromProxy) error {
@@ -209,6 +232,10 @@ func (c *conn) handle(m *linkpb.FromProxy) error {
 		c.reply(x.InspectReply)
 	case *linkpb.FromProxy_Denials:
 		c.denied(x.Denials)
+	case *linkpb.FromProxy_TrustNoted:
+		if x.TrustNoted.GetRevision() == c.trusts {
+			c.session.SetTrust(session.Trust{Revision: c.trusts, Error: cut(x.TrustNoted.GetError(), maxReason)})
+		}
 	}
 	return nil
 }

@@ -31,12 +31,23 @@ type Issuer interface {
 	Sign(ctx context.Context, pic *state.Picture, d mesh.Dataplane, secret string, csr []byte) (identity.Certificate, error)
 }
 
+// Trust are the anchors by which proxies verify the control plane.
+type Trust interface {
+	// Trust returns them as PEM, and the revision that names exactly these.
+	Trust() (bundle []byte, revision int64)
+	// Subscribe returns a channel that gets a signal after they may have changed.
+	Subscribe() (changed <-chan struct{}, stop func())
+}
+
 // Config is what a Server needs.
 type Config struct {
 	Tracker  *state.Tracker
 	Sessions *session.Registry
 	Issuer   Issuer
 	Insights *insight.Recorder
+	// Trust are the control plane's own anchors, which proxies are told; nil where
+	// it shows a certificate of somebody else's authority.
+	Trust Trust
 	// Instance is this control plane's id, told to the proxy.
 	Instance string
 	// RetryBase and RetryMax bound the back-off after a certificate could not

@@ -114,6 +114,7 @@ type session struct {
 	issued     map[string]Issued
 	status     Status
 	readiness  mesh.ReadinessInsight
+	trust      Trust
 }
 
 // A Stream is one stream of a proxy that was let in. Close it when it ends.
@@ -342,23 +343,41 @@ func (st *Stream) SetReadiness(ready bool, reason string) {
 	st.session.readiness = mesh.ReadinessInsight{Ready: ready, Reason: reason}
 }
 
+// Trust is which anchors of the control plane a proxy's kuma-dp has taken.
+type Trust struct {
+	// Revision names them; 0 means that it has said nothing.
+	Revision int64
+	// Error is why it could not take them, or keep them.
+	Error string
+}
+
+// SetTrust records what the proxy's kuma-dp says of the anchors it was sent.
+func (st *Stream) SetTrust(t Trust) {
+	st.reg.mu.Lock()
+	defer st.reg.mu.Unlock()
+	st.session.trust = t
+}
+
 // An Info says what is known of a proxy that is here.
 type Info struct {
 	Key      Key
 	Instance string
 	// Credential is the proxy's; its Stamp and Claims say by what it came.
 	Credential auth.Proxy
-	// ADS, HDS and Link say which streams are open.
-	ADS, HDS, Link bool
+	// ADS, HDS and Link say which streams are open; Linked that the proxy has a
+	// link, open or not.
+	ADS, HDS, Link, Linked bool
 	Leaving        bool
 	Status         Status
 	Readiness      mesh.ReadinessInsight
+	Trust          Trust
 }
 
 func (s *session) info() Info {
 	return Info{
-		Key: s.key, Instance: s.instance, Credential: s.credential, Leaving: s.leaving, Status: s.status, Readiness: s.readiness,
+		Key: s.key, Instance: s.instance, Credential: s.credential, Leaving: s.leaving, Status: s.status, Readiness: s.readiness, Trust: s.trust,
 		ADS: s.streams[ADS] != nil, HDS: s.streams[HDS] != nil, Link: s.streams[Link] != nil,
+		Linked: s.streams[Link] != nil || s.streams[ADS] != nil && s.streams[ADS].Node.Link,
 	}
 }
 
@@ -371,6 +390,19 @@ func (r *Registry) Find(key Key) (Info, bool) {
 		return Info{}, false
 	}
 	return s.info(), true
+}
+
+// List returns what is known of all proxies that are here, in no order.
+func (r *Registry) List() []Info {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	out := make([]Info, 0, len(r.sessions))
+	for _, s := range r.sessions {
+		if s.open > 0 {
+			out = append(out, s.info())
+		}
+	}
+	return out
 }
 
 // Node returns what the proxy said of itself on its ADS stream, or nil where

@@ -82,7 +82,7 @@ func (x Inspect_Page) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Inspect_Page.Descriptor instead.
 func (Inspect_Page) EnumDescriptor() ([]byte, []int) {
-	return file_linkpb_link_proto_rawDescGZIP(), []int{14, 0}
+	return file_linkpb_link_proto_rawDescGZIP(), []int{15, 0}
 }
 
 // FromProxy is what kuma-dp says.
@@ -96,6 +96,7 @@ type FromProxy struct {
 	//	*FromProxy_Leaving
 	//	*FromProxy_InspectReply
 	//	*FromProxy_Denials
+	//	*FromProxy_TrustNoted
 	Message       isFromProxy_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -192,6 +193,15 @@ func (x *FromProxy) GetDenials() *Denials {
 	return nil
 }
 
+func (x *FromProxy) GetTrustNoted() *TrustNoted {
+	if x != nil {
+		if x, ok := x.Message.(*FromProxy_TrustNoted); ok {
+			return x.TrustNoted
+		}
+	}
+	return nil
+}
+
 type isFromProxy_Message interface {
 	isFromProxy_Message()
 }
@@ -220,6 +230,10 @@ type FromProxy_Denials struct {
 	Denials *Denials `protobuf:"bytes,6,opt,name=denials,proto3,oneof"`
 }
 
+type FromProxy_TrustNoted struct {
+	TrustNoted *TrustNoted `protobuf:"bytes,7,opt,name=trust_noted,json=trustNoted,proto3,oneof"`
+}
+
 func (*FromProxy_Hello) isFromProxy_Message() {}
 
 func (*FromProxy_SigningRequest) isFromProxy_Message() {}
@@ -231,6 +245,8 @@ func (*FromProxy_Leaving) isFromProxy_Message() {}
 func (*FromProxy_InspectReply) isFromProxy_Message() {}
 
 func (*FromProxy_Denials) isFromProxy_Message() {}
+
+func (*FromProxy_TrustNoted) isFromProxy_Message() {}
 
 // ToProxy is what the control plane says.
 type ToProxy struct {
@@ -1008,11 +1024,15 @@ func (x *Refusal) GetRetry() bool {
 	return false
 }
 
-// Trust is the control plane's own trust anchors, PEM, when they change.
+// Trust is the control plane's own trust anchors: after Welcome and whenever
+// they change. It is not sent where the control plane shows a certificate of
+// somebody else's authority.
 type Trust struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Bundle        []byte                 `protobuf:"bytes,1,opt,name=bundle,proto3" json:"bundle,omitempty"`
-	Revision      int64                  `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// PEM; all of them, not what was added.
+	Bundle []byte `protobuf:"bytes,1,opt,name=bundle,proto3" json:"bundle,omitempty"`
+	// Names exactly this bundle. Revisions have no order.
+	Revision      int64 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1061,6 +1081,61 @@ func (x *Trust) GetRevision() int64 {
 	return 0
 }
 
+// TrustNoted answers Trust: kuma-dp and its Envoy believe these anchors from now
+// on, and kuma-dp will after a restart.
+type TrustNoted struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Revision int64                  `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	// Why that is not so, or not all of it; empty where it is.
+	Error         string `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrustNoted) Reset() {
+	*x = TrustNoted{}
+	mi := &file_linkpb_link_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrustNoted) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrustNoted) ProtoMessage() {}
+
+func (x *TrustNoted) ProtoReflect() protoreflect.Message {
+	mi := &file_linkpb_link_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrustNoted.ProtoReflect.Descriptor instead.
+func (*TrustNoted) Descriptor() ([]byte, []int) {
+	return file_linkpb_link_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *TrustNoted) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *TrustNoted) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
 // Credential replaces the token that this proxy presents.
 type Credential struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1071,7 +1146,7 @@ type Credential struct {
 
 func (x *Credential) Reset() {
 	*x = Credential{}
-	mi := &file_linkpb_link_proto_msgTypes[13]
+	mi := &file_linkpb_link_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1083,7 +1158,7 @@ func (x *Credential) String() string {
 func (*Credential) ProtoMessage() {}
 
 func (x *Credential) ProtoReflect() protoreflect.Message {
-	mi := &file_linkpb_link_proto_msgTypes[13]
+	mi := &file_linkpb_link_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1096,7 +1171,7 @@ func (x *Credential) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Credential.ProtoReflect.Descriptor instead.
 func (*Credential) Descriptor() ([]byte, []int) {
-	return file_linkpb_link_proto_rawDescGZIP(), []int{13}
+	return file_linkpb_link_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Credential) GetToken() string {
@@ -1121,7 +1196,7 @@ type Inspect struct {
 
 func (x *Inspect) Reset() {
 	*x = Inspect{}
-	mi := &file_linkpb_link_proto_msgTypes[14]
+	mi := &file_linkpb_link_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1133,7 +1208,7 @@ func (x *Inspect) String() string {
 func (*Inspect) ProtoMessage() {}
 
 func (x *Inspect) ProtoReflect() protoreflect.Message {
-	mi := &file_linkpb_link_proto_msgTypes[14]
+	mi := &file_linkpb_link_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1146,7 +1221,7 @@ func (x *Inspect) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Inspect.ProtoReflect.Descriptor instead.
 func (*Inspect) Descriptor() ([]byte, []int) {
-	return file_linkpb_link_proto_rawDescGZIP(), []int{14}
+	return file_linkpb_link_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Inspect) GetId() uint64 {
@@ -1191,7 +1266,7 @@ type InspectReply struct {
 
 func (x *InspectReply) Reset() {
 	*x = InspectReply{}
-	mi := &file_linkpb_link_proto_msgTypes[15]
+	mi := &file_linkpb_link_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1203,7 +1278,7 @@ func (x *InspectReply) String() string {
 func (*InspectReply) ProtoMessage() {}
 
 func (x *InspectReply) ProtoReflect() protoreflect.Message {
-	mi := &file_linkpb_link_proto_msgTypes[15]
+	mi := &file_linkpb_link_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1216,7 +1291,7 @@ func (x *InspectReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectReply.ProtoReflect.Descriptor instead.
 func (*InspectReply) Descriptor() ([]byte, []int) {
-	return file_linkpb_link_proto_rawDescGZIP(), []int{15}
+	return file_linkpb_link_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *InspectReply) GetId() uint64 {
@@ -1259,7 +1334,7 @@ type Denials struct {
 
 func (x *Denials) Reset() {
 	*x = Denials{}
-	mi := &file_linkpb_link_proto_msgTypes[16]
+	mi := &file_linkpb_link_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1271,7 +1346,7 @@ func (x *Denials) String() string {
 func (*Denials) ProtoMessage() {}
 
 func (x *Denials) ProtoReflect() protoreflect.Message {
-	mi := &file_linkpb_link_proto_msgTypes[16]
+	mi := &file_linkpb_link_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1284,7 +1359,7 @@ func (x *Denials) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Denials.ProtoReflect.Descriptor instead.
 func (*Denials) Descriptor() ([]byte, []int) {
-	return file_linkpb_link_proto_rawDescGZIP(), []int{16}
+	return file_linkpb_link_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Denials) GetDenials() []*Denials_Denial {
@@ -1314,7 +1389,7 @@ type Identities_Identity struct {
 
 func (x *Identities_Identity) Reset() {
 	*x = Identities_Identity{}
-	mi := &file_linkpb_link_proto_msgTypes[17]
+	mi := &file_linkpb_link_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1326,7 +1401,7 @@ func (x *Identities_Identity) String() string {
 func (*Identities_Identity) ProtoMessage() {}
 
 func (x *Identities_Identity) ProtoReflect() protoreflect.Message {
-	mi := &file_linkpb_link_proto_msgTypes[17]
+	mi := &file_linkpb_link_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1368,7 +1443,7 @@ type ConfigStatus_Rejection struct {
 
 func (x *ConfigStatus_Rejection) Reset() {
 	*x = ConfigStatus_Rejection{}
-	mi := &file_linkpb_link_proto_msgTypes[18]
+	mi := &file_linkpb_link_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1380,7 +1455,7 @@ func (x *ConfigStatus_Rejection) String() string {
 func (*ConfigStatus_Rejection) ProtoMessage() {}
 
 func (x *ConfigStatus_Rejection) ProtoReflect() protoreflect.Message {
-	mi := &file_linkpb_link_proto_msgTypes[18]
+	mi := &file_linkpb_link_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1430,7 +1505,7 @@ type Denials_Denial struct {
 
 func (x *Denials_Denial) Reset() {
 	*x = Denials_Denial{}
-	mi := &file_linkpb_link_proto_msgTypes[19]
+	mi := &file_linkpb_link_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1442,7 +1517,7 @@ func (x *Denials_Denial) String() string {
 func (*Denials_Denial) ProtoMessage() {}
 
 func (x *Denials_Denial) ProtoReflect() protoreflect.Message {
-	mi := &file_linkpb_link_proto_msgTypes[19]
+	mi := &file_linkpb_link_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1455,7 +1530,7 @@ func (x *Denials_Denial) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Denials_Denial.ProtoReflect.Descriptor instead.
 func (*Denials_Denial) Descriptor() ([]byte, []int) {
-	return file_linkpb_link_proto_rawDescGZIP(), []int{16, 0}
+	return file_linkpb_link_proto_rawDescGZIP(), []int{17, 0}
 }
 
 func (x *Denials_Denial) GetUnixMs() int64 {
@@ -1497,14 +1572,16 @@ var File_linkpb_link_proto protoreflect.FileDescriptor
 
 const file_linkpb_link_proto_rawDesc = "" +
 	"\n" +
-	"\x11linkpb/link.proto\x12\fkuma.link.v1\"\xee\x02\n" +
+	"\x11linkpb/link.proto\x12\fkuma.link.v1\"\xab\x03\n" +
 	"\tFromProxy\x12+\n" +
 	"\x05hello\x18\x01 \x01(\v2\x13.kuma.link.v1.HelloH\x00R\x05hello\x12G\n" +
 	"\x0fsigning_request\x18\x02 \x01(\v2\x1c.kuma.link.v1.SigningRequestH\x00R\x0esigningRequest\x127\n" +
 	"\treadiness\x18\x03 \x01(\v2\x17.kuma.link.v1.ReadinessH\x00R\treadiness\x121\n" +
 	"\aleaving\x18\x04 \x01(\v2\x15.kuma.link.v1.LeavingH\x00R\aleaving\x12A\n" +
 	"\rinspect_reply\x18\x05 \x01(\v2\x1a.kuma.link.v1.InspectReplyH\x00R\finspectReply\x121\n" +
-	"\adenials\x18\x06 \x01(\v2\x15.kuma.link.v1.DenialsH\x00R\adenialsB\t\n" +
+	"\adenials\x18\x06 \x01(\v2\x15.kuma.link.v1.DenialsH\x00R\adenials\x12;\n" +
+	"\vtrust_noted\x18\a \x01(\v2\x18.kuma.link.v1.TrustNotedH\x00R\n" +
+	"trustNotedB\t\n" +
 	"\amessage\"\x91\x04\n" +
 	"\aToProxy\x121\n" +
 	"\awelcome\x18\x01 \x01(\v2\x15.kuma.link.v1.WelcomeH\x00R\awelcome\x12:\n" +
@@ -1571,7 +1648,11 @@ const file_linkpb_link_proto_rawDesc = "" +
 	"\x05retry\x18\x02 \x01(\bR\x05retry\";\n" +
 	"\x05Trust\x12\x16\n" +
 	"\x06bundle\x18\x01 \x01(\fR\x06bundle\x12\x1a\n" +
-	"\brevision\x18\x02 \x01(\x03R\brevision\"\"\n" +
+	"\brevision\x18\x02 \x01(\x03R\brevision\">\n" +
+	"\n" +
+	"TrustNoted\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x03R\brevision\x12\x14\n" +
+	"\x05error\x18\x02 \x01(\tR\x05error\"\"\n" +
 	"\n" +
 	"Credential\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\"\xb7\x01\n" +
@@ -1615,7 +1696,7 @@ func file_linkpb_link_proto_rawDescGZIP() []byte {
 }
 
 var file_linkpb_link_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_linkpb_link_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_linkpb_link_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_linkpb_link_proto_goTypes = []any{
 	(Inspect_Page)(0),              // 0: kuma.link.v1.Inspect.Page
 	(*FromProxy)(nil),              // 1: kuma.link.v1.FromProxy
@@ -1631,41 +1712,43 @@ var file_linkpb_link_proto_goTypes = []any{
 	(*ConfigStatus)(nil),           // 11: kuma.link.v1.ConfigStatus
 	(*Refusal)(nil),                // 12: kuma.link.v1.Refusal
 	(*Trust)(nil),                  // 13: kuma.link.v1.Trust
-	(*Credential)(nil),             // 14: kuma.link.v1.Credential
-	(*Inspect)(nil),                // 15: kuma.link.v1.Inspect
-	(*InspectReply)(nil),           // 16: kuma.link.v1.InspectReply
-	(*Denials)(nil),                // 17: kuma.link.v1.Denials
-	(*Identities_Identity)(nil),    // 18: kuma.link.v1.Identities.Identity
-	(*ConfigStatus_Rejection)(nil), // 19: kuma.link.v1.ConfigStatus.Rejection
-	(*Denials_Denial)(nil),         // 20: kuma.link.v1.Denials.Denial
+	(*TrustNoted)(nil),             // 14: kuma.link.v1.TrustNoted
+	(*Credential)(nil),             // 15: kuma.link.v1.Credential
+	(*Inspect)(nil),                // 16: kuma.link.v1.Inspect
+	(*InspectReply)(nil),           // 17: kuma.link.v1.InspectReply
+	(*Denials)(nil),                // 18: kuma.link.v1.Denials
+	(*Identities_Identity)(nil),    // 19: kuma.link.v1.Identities.Identity
+	(*ConfigStatus_Rejection)(nil), // 20: kuma.link.v1.ConfigStatus.Rejection
+	(*Denials_Denial)(nil),         // 21: kuma.link.v1.Denials.Denial
 }
 var file_linkpb_link_proto_depIdxs = []int32{
 	3,  // 0: kuma.link.v1.FromProxy.hello:type_name -> kuma.link.v1.Hello
 	6,  // 1: kuma.link.v1.FromProxy.signing_request:type_name -> kuma.link.v1.SigningRequest
 	8,  // 2: kuma.link.v1.FromProxy.readiness:type_name -> kuma.link.v1.Readiness
 	9,  // 3: kuma.link.v1.FromProxy.leaving:type_name -> kuma.link.v1.Leaving
-	16, // 4: kuma.link.v1.FromProxy.inspect_reply:type_name -> kuma.link.v1.InspectReply
-	17, // 5: kuma.link.v1.FromProxy.denials:type_name -> kuma.link.v1.Denials
-	4,  // 6: kuma.link.v1.ToProxy.welcome:type_name -> kuma.link.v1.Welcome
-	5,  // 7: kuma.link.v1.ToProxy.identities:type_name -> kuma.link.v1.Identities
-	7,  // 8: kuma.link.v1.ToProxy.certificate:type_name -> kuma.link.v1.Certificate
-	11, // 9: kuma.link.v1.ToProxy.config_status:type_name -> kuma.link.v1.ConfigStatus
-	12, // 10: kuma.link.v1.ToProxy.refusal:type_name -> kuma.link.v1.Refusal
-	13, // 11: kuma.link.v1.ToProxy.trust:type_name -> kuma.link.v1.Trust
-	15, // 12: kuma.link.v1.ToProxy.inspect:type_name -> kuma.link.v1.Inspect
-	14, // 13: kuma.link.v1.ToProxy.credential:type_name -> kuma.link.v1.Credential
-	10, // 14: kuma.link.v1.ToProxy.leave_noted:type_name -> kuma.link.v1.LeaveNoted
-	18, // 15: kuma.link.v1.Identities.identities:type_name -> kuma.link.v1.Identities.Identity
-	19, // 16: kuma.link.v1.ConfigStatus.rejections:type_name -> kuma.link.v1.ConfigStatus.Rejection
-	0,  // 17: kuma.link.v1.Inspect.page:type_name -> kuma.link.v1.Inspect.Page
-	20, // 18: kuma.link.v1.Denials.denials:type_name -> kuma.link.v1.Denials.Denial
-	1,  // 19: kuma.link.v1.Link.Stream:input_type -> kuma.link.v1.FromProxy
-	2,  // 20: kuma.link.v1.Link.Stream:output_type -> kuma.link.v1.ToProxy
-	20, // [20:21] is the sub-list for method output_type
-	19, // [19:20] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	17, // 4: kuma.link.v1.FromProxy.inspect_reply:type_name -> kuma.link.v1.InspectReply
+	18, // 5: kuma.link.v1.FromProxy.denials:type_name -> kuma.link.v1.Denials
+	14, // 6: kuma.link.v1.FromProxy.trust_noted:type_name -> kuma.link.v1.TrustNoted
+	4,  // 7: kuma.link.v1.ToProxy.welcome:type_name -> kuma.link.v1.Welcome
+	5,  // 8: kuma.link.v1.ToProxy.identities:type_name -> kuma.link.v1.Identities
+	7,  // 9: kuma.link.v1.ToProxy.certificate:type_name -> kuma.link.v1.Certificate
+	11, // 10: kuma.link.v1.ToProxy.config_status:type_name -> kuma.link.v1.ConfigStatus
+	12, // 11: kuma.link.v1.ToProxy.refusal:type_name -> kuma.link.v1.Refusal
+	13, // 12: kuma.link.v1.ToProxy.trust:type_name -> kuma.link.v1.Trust
+	16, // 13: kuma.link.v1.ToProxy.inspect:type_name -> kuma.link.v1.Inspect
+	15, // 14: kuma.link.v1.ToProxy.credential:type_name -> kuma.link.v1.Credential
+	10, // 15: kuma.link.v1.ToProxy.leave_noted:type_name -> kuma.link.v1.LeaveNoted
+	19, // 16: kuma.link.v1.Identities.identities:type_name -> kuma.link.v1.Identities.Identity
+	20, // 17: kuma.link.v1.ConfigStatus.rejections:type_name -> kuma.link.v1.ConfigStatus.Rejection
+	0,  // 18: kuma.link.v1.Inspect.page:type_name -> kuma.link.v1.Inspect.Page
+	21, // 19: kuma.link.v1.Denials.denials:type_name -> kuma.link.v1.Denials.Denial
+	1,  // 20: kuma.link.v1.Link.Stream:input_type -> kuma.link.v1.FromProxy
+	2,  // 21: kuma.link.v1.Link.Stream:output_type -> kuma.link.v1.ToProxy
+	21, // [21:22] is the sub-list for method output_type
+	20, // [20:21] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_linkpb_link_proto_init() }
@@ -1680,6 +1763,7 @@ func file_linkpb_link_proto_init() {
 		(*FromProxy_Leaving)(nil),
 		(*FromProxy_InspectReply)(nil),
 		(*FromProxy_Denials)(nil),
+		(*FromProxy_TrustNoted)(nil),
 	}
 	file_linkpb_link_proto_msgTypes[1].OneofWrappers = []any{
 		(*ToProxy_Welcome)(nil),
@@ -1698,7 +1782,7 @@ func file_linkpb_link_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_linkpb_link_proto_rawDesc), len(file_linkpb_link_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   20,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
