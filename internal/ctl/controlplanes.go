@@ -132,8 +132,8 @@ func (a *app) addControlPlane(ctx context.Context, cp controlPlane, overwrite, s
 		return err
 	}
 	switch {
-	case base.Scheme == "http" && (api.CACertFile != "" || api.ClientCertFile != "" || api.SkipVerify):
-		a.warn("%s is without TLS, so no certificate is shown or verified; use the https:// address of its API (port 5682)", base)
+	case base.Scheme == "http" && api.ClientCertFile == "" && (api.CACertFile != "" || api.SkipVerify):
+		a.warn("%s is without TLS, so no certificate is verified; use the https:// address of its API (port 5682)", base)
 	case base.Scheme == "https" && api.SkipVerify && skipCheck:
 		a.warn(notVerified, base)
 	}

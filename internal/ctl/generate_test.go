@@ -307,7 +307,8 @@ func TestTLS(t *testing.T) {
 	m.run("version").want(t, 0, "…Server: Kuma", "")
 	add("--skip-verify").want(t, 0, ok, "…is not verified (skipVerify)")
 	add("--skip-verify", "--skip-check").want(t, 0, ok, "…is not verified (skipVerify)")
-	add("--skip-check", "--address=http://127.0.0.1:1", "--admin-client-cert", client, "--admin-client-key", clientKey).want(t, 0, ok, "…is without TLS, so no certificate is shown or verified")
+	add("--skip-check", "--address=http://127.0.0.1:1", "--admin-client-cert", client, "--admin-client-key", clientKey).want(t, 0, ok, "…a client certificate can't be shown without TLS")
+	add("--skip-check", "--address=http://127.0.0.1:1", "--ca-cert-file", cert).want(t, 0, ok, "…is without TLS, so no certificate is verified")
 	add("--skip-verify")
 	m.run("version").want(t, 0, "…Server: Kuma", "…is not verified (skipVerify)")
 
