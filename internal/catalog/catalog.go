@@ -5,6 +5,7 @@ package catalog
 import (
 	"kuma/internal/mesh"
 	"kuma/internal/policy"
+	"kuma/internal/policy/meshmetric"
 	"kuma/internal/policy/meshtimeout"
 	"kuma/internal/policy/meshtrafficpermission"
 	"kuma/internal/resource"
@@ -15,6 +16,7 @@ func Policies() []policy.Policy {
 	return []policy.Policy{
 		meshtimeout.Policy,
 		meshtrafficpermission.Policy,
+		meshmetric.Policy,
 	}
 }
 

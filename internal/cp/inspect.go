@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"os"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -35,7 +37,10 @@ import (
 // describe turns what a proxy says of itself into what its configuration
 // depends on.
 func describe(n *session.Node) proxy.Proxy {
-	p := proxy.Proxy{Key: mesh.Dataplanes.Key(n.Mesh, n.Name), Link: n.Link, Workdir: n.Workdir, Features: map[string]bool{}}
+	p := proxy.Proxy{
+		Key: mesh.Dataplanes.Key(n.Mesh, n.Name), Link: n.Link, Workdir: n.Workdir, Features: map[string]bool{},
+		MetricsCert: n.MetricsCert, MetricsKey: n.MetricsKey,
+	}
 	for _, f := range n.Features {
 		p.Features[f] = true
 	}
@@ -137,7 +142,7 @@ func (e explainer) proxy(pic *state.Picture, meshName, name string) proxy.Proxy 
 		p.Admin = e.admin.of(pic, n)
 		return p
 	}
-	return proxy.Proxy{Key: mesh.Dataplanes.Key(meshName, name), Link: true}
+	return proxy.Proxy{Key: mesh.Dataplanes.Key(meshName, name), Link: true, Workdir: filepath.Join(os.TempDir(), "kuma-dp")}
 }
 
 func (e explainer) Config(_ context.Context, meshName, name string, shadow bool) (json.RawMessage, error) {
@@ -225,6 +230,9 @@ func (e explainer) Attachments(_ context.Context, meshName, name string) ([]rest
 		}
 	}
 	for _, a := range list {
+		if a.Proxy != nil {
+			add(rest.Attachment{Type: "dataplane"}, a.Proxy.Origins)
+		}
 		for _, in := range a.Inbounds {
 			add(rest.Attachment{Type: "inbound", Name: inboundName(d, in.Inbound), Service: in.Inbound.Service}, in.Origins)
 		}
@@ -288,6 +296,9 @@ func (e explainer) Rules(_ context.Context, meshName, name string) ([]rest.RuleS
 	var out []rest.RuleSet
 	for _, a := range list {
 		set := rest.RuleSet{Type: a.Kind.Name}
+		if a.Proxy != nil {
+			set.ProxyRule = conf{a.Proxy.Conf, origins(a.Proxy.Origins)}
+		}
 		for _, in := range a.Inbounds {
 			set.InboundRules = append(set.InboundRules, struct {
 				Inbound place  `json:"inbound"`

@@ -28,6 +28,8 @@ type Self struct {
 	Labels          map[string]string
 	// Tags are all values of all tags of the Dataplane, sorted.
 	Tags map[string][]string
+	// Service is the one by which the proxy is known.
+	Service string
 	// Gateway says that the proxy has no inbounds of its own.
 	Gateway bool
 	// Address is the IP address at which others reach the proxy, or "" where it
@@ -77,6 +79,9 @@ const (
 	// of the mesh.
 	MeshMetricsTLS
 )
+
+// MeshMetricsCluster leads to what Mesh.metrics serves (contract).
+const MeshMetricsCluster = "kuma:metrics:hijacker"
 
 // Metrics describes a door for Prometheus: one path, at the proxy's own address.
 type Metrics struct {
@@ -153,6 +158,7 @@ func metricsDoor(m *Metrics, s *Self) *Door {
 		HTTP: &HTTP{
 			HttpConnectionManager: &hcmv3.HttpConnectionManager{
 				StatPrefix:                names.StatPrefix(m.Name),
+				InternalAddressConfig:     &hcmv3.HttpConnectionManager_InternalAddressConfig{},
 				CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{IdleTimeout: durationpb.New(5 * time.Minute)},
 				RequestHeadersTimeout:     durationpb.New(10 * time.Second),
 			},
@@ -226,7 +232,7 @@ func (e *encoder) documents(c *Config) {
 				Name:  dynamicConfig + ":" + d.Path,
 				Match: &routev3.RouteMatch{PathSpecifier: &routev3.RouteMatch_Path{Path: d.Path}},
 				Action: &routev3.Route_DirectResponse{DirectResponse: &routev3.DirectResponseAction{
-					Status: 200, Body: &corev3.DataSource{Specifier: &corev3.DataSource_InlineBytes{InlineBytes: d.Body}},
+					Status: 200, Body: &corev3.DataSource{Specifier: &corev3.DataSource_InlineString{InlineString: string(d.Body)}},
 				}},
 				ResponseHeadersToAdd: header,
 			},
@@ -241,7 +247,9 @@ func (e *encoder) documents(c *Config) {
 		// Envoy's own limit is 4096.
 		MaxDirectResponseBodySizeBytes: wrapperspb.UInt32(max(4096, size)),
 	}
-	h := &HTTP{HttpConnectionManager: &hcmv3.HttpConnectionManager{StatPrefix: names.StatPrefix(dynamicConfig)}, Routes: routes}
+	h := &HTTP{HttpConnectionManager: &hcmv3.HttpConnectionManager{
+		StatPrefix: names.StatPrefix(dynamicConfig), InternalAddressConfig: &hcmv3.HttpConnectionManager_InternalAddressConfig{},
+	}, Routes: routes}
 	l := &listenerv3.Listener{
 		Name: dynamicConfig, TrafficDirection: corev3.TrafficDirection_OUTBOUND,
 		Address: &corev3.Address{Address: &corev3.Address_Pipe{Pipe: &corev3.Pipe{

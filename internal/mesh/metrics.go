@@ -247,9 +247,7 @@ func checkMetrics(at string, b *MetricsBackend) (bad []errs.Field) {
 		add(".conf.port", "port must be in the range [1, 65535]")
 	}
 	if c.Path != "" {
-		if reason := badPath(c.Path); reason != "" {
-			add(".conf.path", "%s", reason)
-		}
+		bad = append(bad, CheckMetricsPath(at+".conf.path", c.Path)...)
 	}
 	if c.SkipMTLS != nil && c.TLS != nil && c.TLS.Mode != "" && c.TLS.Mode != MetricsProvidedTLS && *c.SkipMTLS != (c.TLS.Mode == MetricsPlain) {
 		add(".conf", "skipMTLS and tls configuration cannot be defined together")
@@ -281,33 +279,74 @@ func checkMetrics(at string, b *MetricsBackend) (bad []errs.Field) {
 			add(p+".port", "port must be in the range [1, 65535]")
 		}
 		if a.Path != "" {
-			if reason := badPath(a.Path); reason != "" {
-				add(p+".path", "%s", reason)
-			}
+			bad = append(bad, CheckMetricsPath(at+p+".path", a.Path)...)
 		}
 		if a.Address != "" {
-			if ip, err := netip.ParseAddr(a.Address); err != nil && (len(a.Address) > 253 || !hostName.MatchString(a.Address)) || err == nil && ip.IsUnspecified() {
-				add(p+".address", "address has to be valid IP address or domain name")
-			}
+			bad = append(bad, CheckHost(at+p+".address", a.Address)...)
 		}
 	}
 	return bad
 }
 
-// badPath says what is wrong with the path of a metrics endpoint, or "".
-func badPath(path string) string {
+// CheckMetricsPath checks the path of a metrics endpoint.
+func CheckMetricsPath(at, path string) []errs.Field {
+	bad := func(format string, args ...any) []errs.Field {
+		return []errs.Field{{Path: at, Message: fmt.Sprintf(format, args...)}}
+	}
 	switch {
 	case !strings.HasPrefix(path, "/"):
-		return "must begin with /"
+		return bad("must begin with /")
 	case len(path) > 1000:
-		return fmt.Sprintf("has %d characters, the limit is 1000", len(path))
+		return bad("has %d characters, the limit is 1000", len(path))
 	case strings.ContainsAny(path, "?#"):
-		return "must be a path alone, without ? and #"
+		return bad("must be a path alone, without ? and #")
 	}
 	for _, c := range path {
 		if c <= ' ' || c > '~' {
-			return "must be printable ASCII without spaces"
+			return bad("must be printable ASCII without spaces")
 		}
 	}
-	return ""
+	return nil
+}
+
+// CheckHost checks the address of something that is asked: an IP address or a
+// domain name.
+func CheckHost(at, host string) []errs.Field {
+	ip, err := netip.ParseAddr(host)
+	if err == nil && !ip.IsUnspecified() || err != nil && len(host) <= 253 && hostName.MatchString(host) {
+		return nil
+	}
+	return []errs.Field{{Path: at, Message: "address has to be valid IP address or domain name"}}
+}
+
+// MetricLabels are the labels that a Dataplane's tags make on metrics: for each
+// tag its first value, and under its name with an "s" all of them, between
+// commas (contract).
+func MetricLabels(tags map[string][]string) map[string]string {
+	out := map[string]string{}
+	for k, values := range tags {
+		if len(values) == 0 {
+			continue
+		}
+		k = labelName.ReplaceAllString(k, "_")
+		out[k] = values[0]
+		out[k+"s"] = "," + strings.Join(values, ",") + ","
+	}
+	return out
+}
+
+var labelName = regexp.MustCompile(`[^A-Za-z0-9_]`)
+
+// UnknownService is the service of a proxy that names none (contract).
+const UnknownService = "unknown"
+
+// MainService is the service by which a proxy is known: its gateway's or its
+// first inbound's, else UnknownService.
+func (d *DataplaneSpec) MainService() string {
+	for _, tags := range d.TagSets() {
+		if s := tags[TagService]; s != "" {
+			return s
+		}
+	}
+	return UnknownService
 }

@@ -11,7 +11,7 @@ import (
 // self says what the configuration is for.
 func (w *work) self() {
 	s := &envoy.Self{
-		Dataplane: w.dp.Name, Zone: w.dp.Labels[mesh.LabelZone], Labels: w.dp.Labels, Tags: w.dp.Spec.Tags(), Gateway: w.net.Gateway != nil,
+		Dataplane: w.dp.Name, Zone: w.dp.Labels[mesh.LabelZone], Labels: w.dp.Labels, Tags: w.dp.Spec.Tags(), Service: w.dp.Spec.MainService(), Gateway: w.net.Gateway != nil,
 		MutualTLS: w.backend != nil, Link: w.proxy.Link,
 		Sockets:     names.Sockets{Dir: w.proxy.Workdir, Proxy: w.proxy.Key.Name, Mesh: w.proxy.Key.Mesh},
 		MetricsCert: w.proxy.MetricsCert, MetricsKey: w.proxy.MetricsKey,
@@ -22,11 +22,8 @@ func (w *work) self() {
 	w.out.Self = s
 }
 
-// Names of the door that Mesh.metrics opens (contract).
-const (
-	meshMetricsDoor    = "kuma:metrics:prometheus"
-	meshMetricsCluster = "kuma:metrics:hijacker"
-)
+// meshMetricsDoor is the name of the door that Mesh.metrics opens (contract).
+const meshMetricsDoor = "kuma:metrics:prometheus"
 
 // metrics opens the door that Mesh.metrics asks for. The policy MeshMetric takes
 // it away where it opens its own.
@@ -63,6 +60,6 @@ func (w *work) metrics() {
 		rewrite += sep + query.Encode()
 	}
 	w.out.OpenMetrics(at, envoy.Metrics{
-		Name: meshMetricsDoor, Cluster: meshMetricsCluster, Port: e.Port, Path: e.Path, Rewrite: rewrite, TLS: tls,
+		Name: meshMetricsDoor, Cluster: envoy.MeshMetricsCluster, Port: e.Port, Path: e.Path, Rewrite: rewrite, TLS: tls,
 	})
 }

@@ -65,6 +65,9 @@ type Node struct {
 	ReadinessPort uint32
 	// Workdir is kuma-dp's working directory.
 	Workdir string
+	// MetricsCert and MetricsKey are files on the proxy's machine with which Envoy
+	// is to serve metrics; empty where kuma-dp names none.
+	MetricsCert, MetricsKey string
 	// Own: the proxy is run by our own kuma-dp, which says its instance.
 	Own bool
 	// Transparent: traffic is redirected to the proxy.
@@ -104,6 +107,8 @@ func ParseNode(n *corev3.Node, remote string) (*Node, error) {
 		Dataplane:     text(fields, "dataplane.resource"),
 		AdminSocket:   text(fields, "dataplane.admin.socketPath"),
 		Workdir:       text(fields, "workdir"),
+		MetricsCert:   text(fields, "metricsCertPath"),
+		MetricsKey:    text(fields, "metricsKeyPath"),
 		Own:           text(fields, "dataplane.instance") != "",
 		AdminAddress:  text(fields, "dataplane.admin.address"),
 		AdminPort:     port(fields, "dataplane.admin.port"),

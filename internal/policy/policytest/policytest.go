@@ -31,6 +31,8 @@ var update = flag.Bool("update", false, "rewrite what the cases in testdata want
 //	in.yaml    the resources; those of the first Dataplane's mesh make a picture
 //	want.yaml  lines of the first Dataplane's configuration that matter
 //	calls.txt  "<request> [by <names of the caller>] -> <what becomes of it>"
+//	issues.txt what is left out, "<resource>: <reason>", a line each; without it there is to be nothing
+//	proxy.yaml what the proxy says of itself, "metricsCert" and "metricsKey"
 //
 // or, for a policy that must be refused:
 //
@@ -141,7 +143,26 @@ func (c *testCase) run() {
 	if first < 0 {
 		c.t.Fatal("in.yaml has no Dataplane")
 	}
-	res := Generate(c.t, c.policies, rs, rs[first].Key())
+	p := proxy.Proxy{Key: rs[first].Key(), Workdir: workdir}
+	if f := c.file("proxy.yaml"); f != nil {
+		var says struct{ MetricsCert, MetricsKey string }
+		if err := yaml.UnmarshalStrict(f.Data, &says); err != nil {
+			c.t.Fatal(err)
+		}
+		p.MetricsCert, p.MetricsKey = says.MetricsCert, says.MetricsKey
+	}
+	res, issues := generate(c.t, c.policies, rs, p)
+	if f := c.file("issues.txt"); f != nil {
+		var got strings.Builder
+		for _, i := range issues {
+			fmt.Fprintf(&got, "%s: %s\n", i.Resource, i.Message)
+		}
+		c.want(f, got.String())
+	} else {
+		for _, i := range issues {
+			c.t.Errorf("issue with %s: %s", i.Resource, i.Message)
+		}
+	}
 	if f := c.file("want.yaml"); f != nil {
 		tree, err := envoytest.Tree(res)
 		if err != nil {
@@ -207,21 +228,30 @@ func (c *testCase) call(res envoy.Resources, call string) string {
 	return s
 }
 
+// workdir is where the proxies' kuma-dp and Envoy meet.
+const workdir = "/tmp/kuma-dp"
+
 // Generate makes and packs the configuration of a Dataplane, twice, and fails
-// if the two are not the same.
+// if the two are not the same or if something is left out.
 func Generate(t testing.TB, policies []policy.Policy, rs []*resource.Resource, dataplane resource.Key) envoy.Resources {
 	t.Helper()
+	out, issues := generate(t, policies, rs, proxy.Proxy{Key: dataplane, Workdir: workdir})
+	for _, i := range issues {
+		t.Errorf("issue with %s: %s", i.Resource, i.Message)
+	}
+	return out
+}
+
+func generate(t testing.TB, policies []policy.Policy, rs []*resource.Resource, p proxy.Proxy) (out envoy.Resources, issues []envoy.Issue) {
+	t.Helper()
 	pic := NewWorld(t).Put(rs...)
-	var out envoy.Resources
 	var printed string
 	for range 2 {
-		c, err := proxy.New(proxy.Config{Policies: policies, Zone: "default"}).Generate(pic, proxy.Proxy{Key: dataplane})
+		c, err := proxy.New(proxy.Config{Policies: policies, Zone: "default"}).Generate(pic, p)
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, i := range c.Issues {
-			t.Errorf("issue with %s: %s", i.Resource, i.Message)
-		}
+		issues = c.Issues
 		if _, err = c.Encode(); err != nil {
 			t.Fatal(err)
 		}
@@ -241,7 +271,7 @@ func Generate(t testing.TB, policies []policy.Policy, rs []*resource.Resource, d
 		}
 		printed = s
 	}
-	return out
+	return out, issues
 }
 
 // prune leaves of got what want speaks of. Lists are kept whole.
