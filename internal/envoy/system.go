@@ -55,5 +55,8 @@ func AdminTLS(chain, key, ca []byte, caller string) *tlsv3.DownstreamTlsContext 
 			}},
 		},
 		RequireClientCertificate: wrapperspb.Bool(true),
+		// Who comes back shows its certificate again: the authority may be another.
+		SessionTicketKeysType:            &tlsv3.DownstreamTlsContext_DisableStatelessSessionResumption{DisableStatelessSessionResumption: true},
+		DisableStatefulSessionResumption: true,
 	}
 }
