@@ -135,8 +135,19 @@ const (
 	bootstrapTimeout = 10 * time.Second
 )
 
+// bootstrapAnswer is Envoy's first configuration, with what the control plane
+// has to say to kuma-dp (contract).
+type bootstrapAnswer struct {
+	Bootstrap []byte `json:"bootstrap"`
+	Sidecar   struct {
+		Metrics struct {
+			Aggregate []application `json:"aggregate"`
+		} `json:"metrics"`
+	} `json:"kumaSidecarConfiguration"`
+}
+
 // fetch asks for Envoy's first configuration once.
-func fetch(ctx context.Context, client *http.Client, cp string, body []byte) ([]byte, error) {
+func fetch(ctx context.Context, client *http.Client, cp string, body []byte) (*bootstrapAnswer, error) {
 	ctx, cancel := context.WithTimeout(ctx, bootstrapTimeout)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, strings.TrimSuffix(cp, "/")+"/bootstrap", bytes.NewReader(body))
@@ -161,13 +172,11 @@ func fetch(ctx context.Context, client *http.Client, cp string, body []byte) ([]
 	text := strings.TrimSpace(string(answer[:min(len(answer), 4096)]))
 	switch {
 	case resp.StatusCode == http.StatusOK:
-		var out struct {
-			Bootstrap []byte `json:"bootstrap"`
-		}
-		if err := json.Unmarshal(answer, &out); err != nil || len(out.Bootstrap) == 0 {
+		out := new(bootstrapAnswer)
+		if err := json.Unmarshal(answer, out); err != nil || len(out.Bootstrap) == 0 {
 			return nil, errs.New(errs.Unavailable, "the bootstrap server's answer has no configuration in it")
 		}
-		return out.Bootstrap, nil
+		return out, nil
 	case resp.StatusCode == http.StatusNotFound && text != "":
 		return nil, lasting{errs.New(errs.Invalid, "There is no /bootstrap endpoint for provided CP address. Double check if the address passed to the CP has a DP Server port (5678 by default), not HTTP API (5681 by default)")}
 	case resp.StatusCode == http.StatusNotFound:
@@ -236,7 +245,7 @@ func sleep(ctx context.Context, d time.Duration) bool {
 
 // bootstrap asks for Envoy's first configuration until it gets an answer, can't
 // get one, or the time for it is over.
-func bootstrap(ctx context.Context, cfg *Config, t *trust, r *bootstrapRequest) ([]byte, error) {
+func bootstrap(ctx context.Context, cfg *Config, t *trust, r *bootstrapRequest) (*bootstrapAnswer, error) {
 	body, err := json.Marshal(r)
 	if err != nil {
 		return nil, errs.New(errs.Internal, "write the bootstrap request: %w", err)

@@ -1,9 +1,11 @@
 package dp
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -65,8 +67,11 @@ type Config struct {
 	SPIRE       bool
 	SPIRESocket string
 	// MetricsCert and MetricsKey are paths of the certificate with which Envoy
-	// serves its metrics.
+	// serves its metrics, PEM, the leaf first, and of its key. Both or neither.
 	MetricsCert, MetricsKey string
+	// DynamicInterval is the pause between two looks at what the control plane
+	// configures for kuma-dp itself. Default 1 s, at least 100 ms.
+	DynamicInterval time.Duration
 	// SystemCAPath is the host's bundle of certificate authorities; empty means
 	// the first that exists of the places where Linux distributions put it.
 	SystemCAPath string
@@ -118,7 +123,7 @@ func Default() Config {
 		ProxyType:    "dataplane", BinaryPath: "envoy", DrainTime: 30 * time.Second,
 		ReadinessPort: 9902, ReadinessAddress: "127.0.0.1",
 		Link: true, StrictInboundPorts: true, ReusePort: true, IPv6: true,
-		DNSPort: 15054, LogLevel: "info", TempDir: os.TempDir(),
+		DNSPort: 15054, LogLevel: "info", TempDir: os.TempDir(), DynamicInterval: time.Second,
 	}
 }
 
@@ -149,7 +154,6 @@ const (
 	noTProxy  = "transparent proxying is not part of this version; list outbounds in the Dataplane"
 	noOTel    = "this version has no OpenTelemetry pipe"
 	noProbes  = "this version has no application probe proxy"
-	noDynConf = "configuration for kuma-dp is pushed, not polled"
 	noBackoff = "kuma-dp restarts none of its parts"
 )
 
@@ -199,6 +203,7 @@ func (c *Config) settings() []setting {
 		{env: []string{rt + "SPIRE_SOCKET_PATH"}, value: str(&c.SPIRESocket)},
 		{flag: "metrics-cert-path", env: []string{rt + "METRICS_CERT_PATH"}, value: str(&c.MetricsCert), usage: "certificate with which Envoy serves its metrics"},
 		{flag: "metrics-key-path", env: []string{rt + "METRICS_KEY_PATH"}, value: str(&c.MetricsKey), usage: "key of that certificate"},
+		{env: []string{rt + "DYNAMIC_CONFIGURATION_REFRESH_INTERVAL"}, value: dur(&c.DynamicInterval)},
 		{env: []string{rt + "DYNAMIC_SYSTEM_CA_PATH"}, value: str(&c.SystemCAPath)},
 		{flag: "dns-envoy-port", env: []string{"KUMA_DNS_ENVOY_DNS_PORT"}, value: num(&c.DNSPort), usage: "port of Envoy's DNS listener"},
 		{env: []string{"KUMA_DATAPLANE_RESOURCES_MAX_MEMORY_BYTES"}, value: big(&c.MaxMemory)},
@@ -214,7 +219,6 @@ func (c *Config) settings() []setting {
 		{flag: "transparent-proxy", env: []string{rt + "TRANSPARENT_PROXY"}, value: none("bool"), boolean: true, usage: "the proxy gets its traffic by redirection", idle: noTProxy},
 		{flag: "transparent-proxy-config", value: none("string"), usage: "configuration of the redirection", idle: noTProxy},
 		{env: []string{rt + "OTEL_PIPE_ENABLED"}, value: none("bool"), idle: noOTel},
-		{env: []string{rt + "DYNAMIC_CONFIGURATION_REFRESH_INTERVAL"}, value: none("duration"), idle: noDynConf},
 		{env: []string{"KUMA_APPLICATION_PROBE_PROXY_PORT"}, value: none("uint32"), idle: noProbes},
 		{env: []string{"KUMA_DATAPLANE_RESILIENT_COMPONENT_BASE_BACKOFF"}, value: none("duration"), idle: noBackoff},
 		{env: []string{"KUMA_DATAPLANE_RESILIENT_COMPONENT_MAX_BACKOFF"}, value: none("duration"), idle: noBackoff},
@@ -327,8 +331,10 @@ func (c *Config) check() error {
 	switch {
 	case err != nil:
 		return bad("--cp-address", "%q is not a URL: %v", c.ControlPlane.URL, err)
+	case c.ControlPlane.plain():
+		// The API server on this machine, as in Kuma 0.7.
 	case u.Scheme != "https":
-		return bad("--cp-address", "%q must start with https://: the control plane's data plane server (port 5678 by default) speaks TLS only", c.ControlPlane.URL)
+		return bad("--cp-address", "%q must start with https://: the control plane's data plane server (port 5678 by default) speaks TLS only; http:// is for the API server of this machine alone: write https://%s", c.ControlPlane.URL, net.JoinHostPort(cmp.Or(u.Hostname(), "HOST"), "5678"))
 	case u.Host == "":
 		return bad("--cp-address", "%q has no host; write https://HOST:5678", c.ControlPlane.URL)
 	}
@@ -354,6 +360,8 @@ func (c *Config) check() error {
 		return bad("KUMA_CONTROL_PLANE_RETRY_MAX_DURATION", "%s must be positive", c.ControlPlane.RetryMaxDuration)
 	case (c.MetricsCert == "") != (c.MetricsKey == ""):
 		return bad("--metrics-cert-path", "and --metrics-key-path need each other; give both")
+	case c.DynamicInterval < 100*time.Millisecond || c.DynamicInterval > time.Hour:
+		return bad("KUMA_DATAPLANE_RUNTIME_DYNAMIC_CONFIGURATION_REFRESH_INTERVAL", "%s must be between 100ms and 1h", c.DynamicInterval)
 	case c.Concurrency > 1024:
 		return bad("--concurrency", "%d is more than the 1024 that are allowed", c.Concurrency)
 	}

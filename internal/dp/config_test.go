@@ -42,13 +42,13 @@ func TestSettings(t *testing.T) {
 		"KUMA_DATAPLANE_RUNTIME_UNIFIED_RESOURCE_NAMING_ENABLED": "true", "KUMA_DATAPLANE_RUNTIME_STRICT_INBOUND_PORTS_ENABLED": "false",
 		"KUMA_DATAPLANE_RUNTIME_REUSE_PORT_ENABLED": "false", "KUMA_DATAPLANE_RUNTIME_IPV6_ENABLED": "false", "KUMA_DATAPLANE_RUNTIME_SPIRE_SUPPORTED": "true",
 		"KUMA_DATAPLANE_RUNTIME_SPIRE_SOCKET_PATH": "/s", "KUMA_DATAPLANE_RUNTIME_METRICS_CERT_PATH": "/mc", "KUMA_DATAPLANE_RUNTIME_METRICS_KEY_PATH": "/mk",
-		"KUMA_DATAPLANE_RUNTIME_DYNAMIC_SYSTEM_CA_PATH": "/sys", "KUMA_DNS_ENVOY_DNS_PORT": "53", "KUMA_DATAPLANE_RESOURCES_MAX_MEMORY_BYTES": "1024",
+		"KUMA_DATAPLANE_RUNTIME_DYNAMIC_SYSTEM_CA_PATH": "/sys", "KUMA_DATAPLANE_RUNTIME_DYNAMIC_CONFIGURATION_REFRESH_INTERVAL": "2s", "KUMA_DNS_ENVOY_DNS_PORT": "53", "KUMA_DATAPLANE_RESOURCES_MAX_MEMORY_BYTES": "1024",
 	}
 	want := Config{
 		ControlPlane: ControlPlane{URL: "https://cp:1", CACert: "pem", CACertFile: "/ca", SkipVerify: true, RetryBackoff: 7 * time.Second, RetryMaxDuration: 8 * time.Minute},
 		Name:         "n", Mesh: "m", ProxyType: "ingress", ResourcePath: "/dp", Resource: "dp", TokenPath: "/t", Token: "t", BinaryPath: "/envoy", WorkDir: "/w",
 		Concurrency: 3, EnvoyLogLevel: "debug", EnvoyComponentLogLevel: "http:trace", DrainTime: 9 * time.Second, ReadinessPort: 9, ReadinessAddress: "127.0.0.1",
-		DeltaXDS: true, BindOutbounds: true, UnifiedNaming: true, SPIRE: true, SPIRESocket: "/s", MetricsCert: "/mc", MetricsKey: "/mk", SystemCAPath: "/sys",
+		DeltaXDS: true, BindOutbounds: true, UnifiedNaming: true, SPIRE: true, SPIRESocket: "/s", MetricsCert: "/mc", MetricsKey: "/mk", SystemCAPath: "/sys", DynamicInterval: 2 * time.Second,
 		DNSPort: 53, MaxMemory: 1024, LogLevel: "info", TempDir: Default().TempDir,
 	}
 	got, warnings, err := configure(t, nil, env)
@@ -109,6 +109,7 @@ func TestCheck(t *testing.T) {
 		{func(c *Config) { c.ControlPlane.RetryBackoff = 0 }, "KUMA_CONTROL_PLANE_RETRY_BACKOFF"},
 		{func(c *Config) { c.ControlPlane.RetryMaxDuration = 0 }, "KUMA_CONTROL_PLANE_RETRY_MAX_DURATION"},
 		{func(c *Config) { c.MetricsCert = "a" }, "--metrics-cert-path"},
+		{func(c *Config) { c.DynamicInterval = time.Millisecond }, "KUMA_DATAPLANE_RUNTIME_DYNAMIC_CONFIGURATION_REFRESH_INTERVAL"},
 		{func(c *Config) { c.Concurrency = 5000 }, "--concurrency"},
 		{func(c *Config) { c.EnvoyLogLevel = "loud" }, "--envoy-log-level"},
 	} {

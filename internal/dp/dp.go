@@ -31,6 +31,14 @@ func Run(ctx context.Context, cfg Config, b Build, pod string) error {
 		return err
 	}
 	log := cfg.Log
+	if cfg.ControlPlane.plain() {
+		if _, _, err := cfg.readToken(); err != nil {
+			return err
+		}
+		if err := cfg.signpost(ctx); err != nil {
+			return err
+		}
+	}
 	ca, err := cfg.caCert()
 	if err != nil {
 		return err
@@ -44,6 +52,9 @@ func Run(ctx context.Context, cfg Config, b Build, pod string) error {
 	}
 	secretToken, tokenFile, err := cfg.readToken()
 	if err != nil {
+		return err
+	}
+	if err := cfg.checkMetricsPair(); err != nil {
 		return err
 	}
 	me, warnings, err := cfg.load(pod)
@@ -117,6 +128,11 @@ func Run(ctx context.Context, cfg Config, b Build, pod string) error {
 		running.Go(func() { _ = server.Serve(socket) })
 		defer server.Stop()
 	}
+	gauges, err := cfg.openMetrics(dir)
+	if err != nil {
+		return err
+	}
+	running.Go(func() { gauges.serve(life) })
 	pipe, err := openLogPipe(dir.sockets.AccessLog(), log, p.denials)
 	if err != nil {
 		return err
@@ -143,7 +159,9 @@ func Run(ctx context.Context, cfg Config, b Build, pod string) error {
 	if err != nil {
 		return err
 	}
-	return p.run(ctx, life, &running, v, config)
+	p.metrics = gauges
+	gauges.aggregate(config.Sidecar.Metrics.Aggregate)
+	return p.run(ctx, life, &running, v, config.Bootstrap)
 }
 
 // readToken takes the token from the configuration and checks its shape.
@@ -170,6 +188,7 @@ type proxy struct {
 	dir       *workdir
 	state     *state
 	link      *link // nil without link
+	metrics   *metrics
 	signals   <-chan os.Signal
 	interrupt context.CancelCauseFunc
 
@@ -238,6 +257,7 @@ func (p *proxy) run(ctx, life context.Context, running *sync.WaitGroup, v envoyV
 	if err != nil {
 		return err
 	}
+	p.metrics.admin.Store(a)
 	file, err := p.dir.write(bootstrapFile, config)
 	if err != nil {
 		return err
