@@ -36,6 +36,8 @@ type Config struct {
 	Multizone Multizone `json:"multizone"`
 	// InterCP is about what control planes tell each other.
 	InterCP InterCP `json:"interCp"`
+	// Runtime is about machines without Kubernetes.
+	Runtime Runtime `json:"runtime"`
 	// Defaults is about what is made at the first start.
 	Defaults Defaults `json:"defaults"`
 	// Metrics bounds what is kept of the past.
@@ -227,6 +229,9 @@ type Diagnostics struct {
 	// TLSEnabled serves with TLS instead of without.
 	TLSEnabled bool `json:"tlsEnabled"`
 	ServerTLS
+	// DebugEndpoints serves Go's profiles to administrators at /debug/pprof/. A
+	// profile of the memory may hold keys: keep it to yourself.
+	DebugEndpoints bool `json:"debugEndpoints"`
 	// Metrics serves /metrics to whoever reaches the port (ours); false answers
 	// 404.
 	Metrics bool `json:"metrics"`
@@ -295,6 +300,18 @@ type MeshServiceConfig struct {
 	DeletionGracePeriod time.Duration `json:"deletionGracePeriod"`
 }
 
+// Runtime is about machines without Kubernetes.
+type Runtime struct {
+	Universal Universal `json:"universal"`
+}
+
+// Universal is about machines without Kubernetes.
+type Universal struct {
+	// DataplaneCleanupAge is how long a Dataplane outlives the last stream of
+	// its proxy where nobody withdrew it.
+	DataplaneCleanupAge time.Duration `json:"dataplaneCleanupAge"`
+}
+
 // IPAM is about addresses.
 type IPAM struct {
 	// KnownInternalCIDRs are taken as the inside of the network.
@@ -339,6 +356,7 @@ func Default() Config {
 		InterCP:     InterCP{Server: InterCPServer{Port: 5683}},
 		Metrics:     Metrics{Dataplane: DataplaneMetrics{SubscriptionLimit: 2}},
 		Access:      auth.DefaultAccess(),
+		Runtime:     Runtime{Universal{DataplaneCleanupAge: 72 * time.Hour}},
 		MeshService: MeshServiceConfig{DeletionGracePeriod: time.Hour},
 		IPAM:        IPAM{KnownInternalCIDRs: []string{"10.0.0.0/8", "192.168.0.0/16", "172.16.0.0/12", "fc00::/7", "127.0.0.1/32", "::1/128"}},
 	}

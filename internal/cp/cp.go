@@ -71,7 +71,12 @@ type ControlPlane struct {
 	sessions *session.Registry
 	insights *insight.Recorder
 	channel  *adminChannel
-	counted  []metric
+
+	metrics *metrics
+	levels  levels
+	// administers says who may do what only administrators may.
+	users       *auth.Authenticator
+	administers func(*http.Request) error
 
 	// The servers, each with its listener.
 	http        []server
@@ -98,7 +103,10 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 		return nil, fmt.Errorf("configuration: %w", err)
 	}
 	cfg = cfg.modern(log)
-	c := &ControlPlane{cfg: cfg, log: log, close: func() error { return nil }}
+	counted := newMetrics(cfg.Multizone.Zone.Name, catalog.Kinds())
+	c := &ControlPlane{cfg: cfg, metrics: counted, close: func() error { return nil }}
+	log = c.levels.logger(log, counted.lines)
+	c.log = log
 	c.files = pki.NewFiles(pki.FilesConfig{Every: cfg.General.TLSReloadInterval, Log: log.With("logger", "tls")})
 	defer func() {
 		if err != nil {
@@ -118,6 +126,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	if err := c.openStore(filepath.Join(dir, "kuma.db")); err != nil {
 		return nil, err
 	}
+	c.store = counted.store.Wrap(c.store)
 	if err := c.openFiles(); err != nil {
 		return nil, err
 	}
@@ -140,6 +149,10 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	c.tracker = state.New(state.Config{Store: c.store, Quiet: cfg.XDSServer.QuietPeriod, Max: cfg.XDSServer.MaxDelay, Log: log.With("logger", "state")})
 	c.keeper = upkeep.New(upkeep.Config{
 		Store: c.store, Tracker: c.tracker, Kinds: kinds, Zone: zone, ServiceGrace: cfg.MeshService.DeletionGracePeriod,
+		CleanupAge: cfg.Runtime.Universal.DataplaneCleanupAge, Here: func(meshName, name string) bool {
+			_, here := c.sessions.Find(session.Key{Mesh: meshName, Name: name})
+			return here
+		},
 		SkipMesh: cfg.Defaults.SkipMeshCreation, RoutingResources: cfg.Defaults.CreateMeshRoutingResources,
 		AdminToken: cfg.APIServer.Authn.Tokens.BootstrapAdminToken && cfg.APIServer.Authn.Type != auth.AdminClientCerts, Authority: newAuthority, Log: log.With("logger", "upkeep"),
 	})
@@ -195,7 +208,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 		Tracker: c.tracker, Sessions: c.sessions, Issuer: issuer, Insights: c.insights, Instance: instance,
 		RetryBase: cfg.General.CertGenerationBaseBackoff, RetryMax: cfg.General.CertGenerationMaxBackoff, Log: log.With("logger", "link"),
 	})
-	c.counted = metrics(c.sessions, ads, links)
+	counted.zoned.MustRegister(ads.Stats(), links.Stats(), issuer.Metrics(), c.sessions.Metrics(), c.tracker.Metrics(), c.keeper.Metrics())
 	c.grpc = grpc.NewServer(xds.ServerOptions()...)
 	ads.Register(c.grpc)
 	links.Register(c.grpc)
@@ -234,7 +247,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 		used: once{log: log.With("logger", "bootstrap")},
 	}
 	c.bootstrap = &http.Server{
-		Handler: c.whenReady(mux), ReadHeaderTimeout: cfg.DPServer.ReadHeaderTimeout, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
+		Handler: counted.proxies.measure(c.whenReady(mux), byPattern(mux)), ReadHeaderTimeout: cfg.DPServer.ReadHeaderTimeout, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
 		IdleTimeout: 30 * time.Second, MaxHeaderBytes: 64 << 10, ErrorLog: quiet(log),
 	}
 
@@ -270,6 +283,8 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	if c.diagnostics, err = listen("the diagnostics server", "KUMA_DIAGNOSTICS_SERVER_PORT", "", cfg.Diagnostics.ServerPort); err != nil {
 		return nil, err
 	}
+	c.users, c.administers = users, administrators(users, access)
+	counted.registerAbout(instance, clusterID(c.certs.CA()), kinds, c.tracker.Now, c.expiries)
 	c.posture()
 	return c, nil
 }
@@ -333,7 +348,7 @@ func (c *ControlPlane) openAPI(api *rest.Server, users *auth.Authenticator) erro
 	cfg := c.cfg.APIServer
 	newServer := func() *http.Server {
 		return &http.Server{
-			Handler: api.Handler(), ConnContext: users.ConnContext, ReadHeaderTimeout: cfg.ReadHeaderTimeout, ReadTimeout: cfg.ReadTimeout,
+			Handler: c.metrics.api.measure(api.Handler(), api.Pattern), ConnContext: users.ConnContext, ReadHeaderTimeout: cfg.ReadHeaderTimeout, ReadTimeout: cfg.ReadTimeout,
 			WriteTimeout: cfg.WriteTimeout, IdleTimeout: cfg.IdleTimeout, MaxHeaderBytes: 64 << 10, ErrorLog: quiet(c.log),
 		}
 	}
@@ -473,9 +488,7 @@ func (c *ControlPlane) Run(ctx context.Context) error {
 	for _, s := range c.http {
 		g.Go(func() error { return s.run(doors) })
 	}
-	diagnostics := server{&http.Server{
-		Handler: c.diagnose(), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, ErrorLog: quiet(c.log),
-	}, limited{c.diagnostics, &limit{max: 1000, each: 500, setting: "none", eachSetting: "none", log: c.log.With("logger", "diagnostics")}}, c.diagnosticsTLS != nil}
+	diagnostics := server{c.diagnosticsServer(), limited{c.diagnostics, &limit{max: 1000, each: 500, setting: "none", eachSetting: "none", log: c.log.With("logger", "diagnostics")}}, c.diagnosticsTLS != nil}
 	if diagnostics.tls {
 		secure(diagnostics.Server, c.diagnosticsTLS)
 	}
@@ -524,26 +537,6 @@ func (s server) run(ctx context.Context) error {
 		return nil
 	}
 	return err
-}
-
-// diagnose is the diagnostics port: whether the control plane is alive, whether
-// it serves, and what it counts.
-func (c *ControlPlane) diagnose() http.Handler {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthy", func(http.ResponseWriter, *http.Request) {})
-	mux.HandleFunc("GET /ready", func(w http.ResponseWriter, _ *http.Request) {
-		if !c.ready.Load() {
-			w.WriteHeader(http.StatusServiceUnavailable)
-		}
-	})
-	if !c.cfg.Diagnostics.Metrics {
-		return mux
-	}
-	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		_ = writeMetrics(w, c.cfg.Multizone.Zone.Name, c.counted)
-	})
-	return mux
 }
 
 // bootstrapCredentials lets the bootstrap verify tokens as the streams do.

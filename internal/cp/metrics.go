@@ -1,57 +1,259 @@
 package cp
 
 import (
-	"fmt"
-	"io"
+	"net/http"
+	"slices"
+	"strconv"
 	"strings"
+	"sync"
+	"time"
 
-	"kuma/internal/link"
-	"kuma/internal/session"
-	"kuma/internal/xds"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+
+	"kuma/internal/conf"
+	"kuma/internal/mesh"
+	"kuma/internal/pki"
+	"kuma/internal/resource"
+	"kuma/internal/state"
+	"kuma/internal/store"
 )
 
-// metric is one line of the metrics page. Labels are written as they stand.
-type metric struct {
-	name, kind, help, labels string
-	value                    func() float64
+// metrics are what one control plane counts, under the contract's names where
+// it has one; ours begin with "kuma_". Every package declares its own; here they
+// come together, with the zone's name.
+type metrics struct {
+	registry *prometheus.Registry
+	// zoned adds the zone's name to whatever is registered.
+	zoned prometheus.Registerer
+	store *store.Metrics
+	lines *prometheus.CounterVec
+	// api, proxies and mads are those of the HTTP servers.
+	api, proxies, mads *httpMetrics
 }
 
-// metrics are what this control plane counts. Names that the contract knows are
-// its own (xds_streams_active, xds_requests_received and xds_responses_sent).
-func metrics(sessions *session.Registry, ads *xds.Server, links *link.Server) []metric {
-	x, l := ads.Stats(), links.Stats()
-	unsigned := func(load func() uint64) func() float64 { return func() float64 { return float64(load()) } }
-	signed := func(load func() int64) func() float64 { return func() float64 { return float64(load()) } }
-	const received, streams = "Answers of Envoys to configurations.", "Streams by whether they were let in."
-	return []metric{
-		{"xds_streams_active", "gauge", "ADS streams that are open.", "", signed(x.Streams.Load)},
-		{"xds_requests_received", "counter", received, `confirmation="ACK"`, unsigned(x.Acknowledged.Load)},
-		{"xds_requests_received", "counter", received, `confirmation="NACK"`, unsigned(x.Rejected.Load)},
-		{"xds_responses_sent", "counter", "Responses sent to Envoys.", "", unsigned(x.Sent.Load)},
-		{"kuma_proxies", "gauge", "Proxies that are here.", "", func() float64 { return float64(sessions.Count()) }},
-		{"kuma_streams_total", "counter", streams, `result="opened"`, unsigned(sessions.Opened)},
-		{"kuma_streams_total", "counter", streams, `result="refused"`, unsigned(sessions.Refused)},
-		{"kuma_links_active", "gauge", "Links of kuma-dp that are open.", "", signed(l.Streams.Load)},
-		{"kuma_certificates_total", "counter", "Certificates that proxies asked for over their links.", `result="issued"`, unsigned(l.Issued.Load)},
-		{"kuma_certificates_total", "counter", "Certificates that proxies asked for over their links.", `result="failed"`, unsigned(l.Failed.Load)},
-		{"kuma_denials_total", "counter", "Refusals by permission that proxies reported.", "", unsigned(l.Denied.Load)},
+// newMetrics makes the registry, with all that is there before the parts are.
+func newMetrics(zone string, kinds []*resource.Kind) *metrics {
+	m := &metrics{
+		registry: prometheus.NewRegistry(), store: store.NewMetrics(kinds),
+		lines: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "kuma_cp_log_lines_total", Help: "Lines that were logged.",
+		}, []string{"logger", "level"}),
+		api: newHTTPMetrics("api_server"), proxies: newHTTPMetrics("dp_server"), mads: newHTTPMetrics("mads_server"),
+	}
+	m.zoned = prometheus.WrapRegistererWith(prometheus.Labels{"zone": zone}, m.registry)
+	m.zoned.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), m.store, m.lines, m.api, m.proxies, m.mads)
+	return m
+}
+
+// registerAbout registers what is told of the control plane as a whole.
+func (m *metrics) registerAbout(instance, cluster string, kinds []*resource.Kind, now func() *state.Picture, expiries func() []pki.Expiry) {
+	build := conf.Build()
+	constant := func(name, help string, labels prometheus.Labels) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help, ConstLabels: labels}, func() float64 { return 1 })
+	}
+	m.zoned.MustRegister(
+		constant("cp_info", "Which control plane this is.", prometheus.Labels{
+			"build_date": build.BuildDate, "cluster_id": cluster, "git_commit": build.GitCommit, "git_tag": "", "instance_id": instance,
+			"product": build.Product, "version": build.Version,
+		}),
+		constant("leader", "1 where this instance does what one does for all.", nil),
+		&gathered{now: now, expiries: expiries, kinds: kinds,
+			resources:    prometheus.NewDesc("resources_count", "Resources by kind, as the present picture shows them.", []string{"resource_type", "tenant"}, nil),
+			workloads:    prometheus.NewDesc("xds_cert_expiration_timestamp_seconds", "When the first certificate of a proxy that is here ends.", []string{"mesh"}, nil),
+			certificates: prometheus.NewDesc("kuma_certificate_expiry_timestamp_seconds", "When a certificate ends that the control plane shows, signs with or trusts.", []string{"certificate"}, nil),
+		},
+	)
+}
+
+// gathered is what is found out when somebody asks.
+type gathered struct {
+	now                                func() *state.Picture
+	expiries                           func() []pki.Expiry
+	kinds                              []*resource.Kind
+	resources, workloads, certificates *prometheus.Desc
+}
+
+// Describe is prometheus.Collector's.
+func (g *gathered) Describe(ch chan<- *prometheus.Desc) {
+	ch <- g.resources
+	ch <- g.workloads
+	ch <- g.certificates
+}
+
+// Collect is prometheus.Collector's. It asks the picture and not the store.
+func (g *gathered) Collect(ch chan<- prometheus.Metric) {
+	pic := g.now()
+	for _, k := range g.kinds {
+		ch <- prometheus.MustNewConstMetric(g.resources, prometheus.GaugeValue, float64(pic.Count(k.Name)), k.Name, "")
+	}
+	for _, name := range pic.Meshes() {
+		m := pic.Mesh(name)
+		if m == nil {
+			continue
+		}
+		if first := firstExpiry(m); !first.IsZero() {
+			ch <- prometheus.MustNewConstMetric(g.workloads, prometheus.GaugeValue, float64(first.Unix()), name)
+		}
+	}
+	// Two of one name are told apart by their files in the report; here the
+	// first to end counts.
+	first := map[string]time.Time{}
+	for _, e := range g.expiries() {
+		if t, ok := first[e.Name]; !ok || e.NotAfter.Before(t) {
+			first[e.Name] = e.NotAfter
+		}
+	}
+	for name, t := range first {
+		ch <- prometheus.MustNewConstMetric(g.certificates, prometheus.GaugeValue, float64(t.Unix()), name)
 	}
 }
 
-// writeMetrics writes metrics in Prometheus' text format, version 0.0.4, each
-// with the zone's name.
-func writeMetrics(w io.Writer, zone string, list []metric) error {
-	var b strings.Builder
-	for i, m := range list {
-		if i == 0 || list[i-1].name != m.name {
-			fmt.Fprintf(&b, "# HELP %s %s\n# TYPE %s %s\n", m.name, m.help, m.name, m.kind)
+// firstExpiry is when the first certificate ends of the mesh's proxies that are
+// here; zero where none has one.
+func firstExpiry(m *state.Mesh) (first time.Time) {
+	for _, r := range m.List(mesh.DataplaneInsights.Name) {
+		spec := mesh.DataplaneInsights.From(r).Spec
+		if spec.MTLS == nil || spec.MTLS.CertificateExpirationTime == nil || !spec.Online() {
+			continue
 		}
-		labels := m.labels
-		if labels != "" {
-			labels += ","
+		if end := *spec.MTLS.CertificateExpirationTime; first.IsZero() || end.Before(first) {
+			first = end
 		}
-		fmt.Fprintf(&b, "%s{%szone=%q} %g\n", m.name, labels, zone, m.value())
 	}
-	_, err := io.WriteString(w, b.String())
-	return err
+	return first
 }
+
+// httpMetrics are those of one HTTP server.
+type httpMetrics struct {
+	duration, size *prometheus.HistogramVec
+	inflight       *prometheus.GaugeVec
+	// answered maps httpAnswer to *httpSeries, running routes to gauges: no
+	// request looks labels up.
+	answered, running sync.Map
+}
+
+type httpAnswer struct {
+	route, method string
+	code          int
+}
+
+type httpSeries struct{ duration, size prometheus.Observer }
+
+func newHTTPMetrics(server string) *httpMetrics {
+	labels := []string{"service", "handler", "method", "code"}
+	return &httpMetrics{
+		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: server + "_http_request_duration_seconds", Help: "How long requests took.", Buckets: []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
+		}, labels),
+		size: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: server + "_http_response_size_bytes", Help: "How large answers were.", Buckets: prometheus.ExponentialBuckets(100, 10, 8),
+		}, labels),
+		inflight: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: server + "_http_requests_inflight", Help: "Requests that are being answered.",
+		}, []string{"service", "handler"}),
+	}
+}
+
+// Describe is prometheus.Collector's.
+func (m *httpMetrics) Describe(ch chan<- *prometheus.Desc) {
+	m.duration.Describe(ch)
+	m.size.Describe(ch)
+	m.inflight.Describe(ch)
+}
+
+// Collect is prometheus.Collector's.
+func (m *httpMetrics) Collect(ch chan<- prometheus.Metric) {
+	m.duration.Collect(ch)
+	m.size.Collect(ch)
+	m.inflight.Collect(ch)
+}
+
+// otherRoute stands for whatever no route answers, and otherMethod for methods
+// that no route has: what strangers make up adds no series.
+const (
+	otherRoute  = "other"
+	otherMethod = "other"
+)
+
+// measure counts what a handler answers. Pattern tells which route it is that
+// answers a request, of the few that there are; empty for none.
+func (m *httpMetrics) measure(h http.Handler, pattern func(*http.Request) string) http.Handler {
+	methods := []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete, http.MethodOptions}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		start, route, method := time.Now(), pattern(r), otherMethod
+		if route == "" {
+			route = otherRoute
+		}
+		if i := slices.Index(methods, r.Method); i >= 0 {
+			method = methods[i]
+		}
+		running := m.inflightOf(route)
+		running.Inc()
+		c := &countedWriter{ResponseWriter: w, code: http.StatusOK}
+		defer func() {
+			running.Dec()
+			s := m.seriesOf(httpAnswer{route, method, c.code})
+			s.duration.Observe(time.Since(start).Seconds())
+			s.size.Observe(float64(c.size))
+		}()
+		h.ServeHTTP(c, r)
+	})
+}
+
+// byPattern tells a router's routes apart, for measure.
+func byPattern(mux *http.ServeMux) func(*http.Request) string {
+	return func(r *http.Request) string {
+		_, pattern := mux.Handler(r)
+		if _, path, ok := strings.Cut(pattern, " "); ok {
+			return path
+		}
+		return pattern
+	}
+}
+
+func (m *httpMetrics) inflightOf(route string) prometheus.Gauge {
+	if g, ok := m.running.Load(route); ok {
+		return g.(prometheus.Gauge)
+	}
+	g, _ := m.running.LoadOrStore(route, m.inflight.WithLabelValues("", route))
+	return g.(prometheus.Gauge)
+}
+
+func (m *httpMetrics) seriesOf(a httpAnswer) *httpSeries {
+	if s, ok := m.answered.Load(a); ok {
+		return s.(*httpSeries)
+	}
+	code := strconv.Itoa(a.code)
+	s, _ := m.answered.LoadOrStore(a, &httpSeries{
+		m.duration.WithLabelValues("", a.route, a.method, code), m.size.WithLabelValues("", a.route, a.method, code),
+	})
+	return s.(*httpSeries)
+}
+
+// countedWriter notes an answer's code and size.
+type countedWriter struct {
+	http.ResponseWriter
+	code int
+	size int64
+	told bool
+}
+
+// WriteHeader notes the code.
+func (w *countedWriter) WriteHeader(code int) {
+	if !w.told && code >= 200 {
+		w.told, w.code = true, code
+	}
+	w.ResponseWriter.WriteHeader(code)
+}
+
+// Write counts.
+func (w *countedWriter) Write(b []byte) (int, error) {
+	w.told = true
+	n, err := w.ResponseWriter.Write(b)
+	w.size += int64(n)
+	return n, err
+}
+
+// Unwrap lets http.ResponseController reach what is below.
+func (w *countedWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }

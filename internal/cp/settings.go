@@ -26,7 +26,7 @@ func ignored() map[string]string {
 		"store.kubernetes": kubernetes, "experimental.kubeOutboundsAsVIPs": kubernetes, "experimental.sidecarContainers": kubernetes,
 		"store.postgres": postgres, "store.cache": "reads are served from memory and never stale", "store.upsert": "writes that collide are planned anew at once",
 		"xdsServer.dataplaneConfigurationRefreshInterval": polling, "xdsServer.nackBackoff": "what Envoy refused is sent again when it changes",
-		"dpServer.hds.refreshInterval": polling, "runtime.universal": polling, "meshService.generationInterval": polling,
+		"dpServer.hds.refreshInterval": polling, "runtime.universal.vipRefreshInterval": polling, "runtime.universal.workload": polling, "runtime.universal.spire": later, "runtime.universal.zoneResourceCleanupAge": zones, "meshService.generationInterval": polling,
 		"meshService.labelPropagation": later, "coreResources": later, "policies": later, "ipam": later, "dnsServer": later,
 		"metrics.mesh": later, "metrics.zone": zones, "metrics.controlPlane": later, "metrics.openTelemetry": later, "metrics.dataplane.idleTimeout": polling,
 		"multizone.global": zones, "multizone.zone": zones, "interCp.catalog": zones, "KUMA_MULTIZONE_*": zones,
@@ -38,7 +38,6 @@ func ignored() map[string]string {
 		"apiServer.gui": later, "apiServer.rootUrl": later,
 		"bootstrapServer.params.xdsGrpcMaxReceiveMessageBytes": "Envoy's own gRPC client has no such limit",
 		"bootstrapServer.params.corefileTemplatePath":          later,
-		"diagnostics.debugEndpoints":                           later,
 	}
 }
 
@@ -113,6 +112,7 @@ func (c *Config) check() error {
 		{"xdsServer.maxDelay", c.XDSServer.MaxDelay},
 		{"xdsServer.dataplaneStatusFlushInterval", c.XDSServer.DataplaneStatusFlushInterval},
 		{"dpServer.hds.interval", c.DPServer.HDS.Interval},
+		{"runtime.universal.dataplaneCleanupAge", c.Runtime.Universal.DataplaneCleanupAge},
 	} {
 		if d.v <= 0 {
 			add(d.path, "must be positive")
