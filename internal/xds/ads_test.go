@@ -13,6 +13,7 @@ import (
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"github.com/google/go-cmp/cmp"
@@ -384,6 +385,47 @@ func TestNothingIsMadeForOthersChanges(t *testing.T) {
 	}
 	if d.Affected.Load() == asked {
 		t.Error("nobody asked whether the changes matter")
+	}
+}
+
+// TestAgedConfiguration: what ages is made again, although nothing changed.
+func TestAgedConfiguration(t *testing.T) {
+	t.Parallel()
+	ages := time.Now().Add(500 * time.Millisecond)
+	old := func() bool { return time.Now().Before(ages) }
+	d := cptest.OpenDoors(t, cptest.DoorsConfig{
+		Generate: func(pic *state.Picture, n *session.Node) (envoy.Resources, error) {
+			res, err := cptest.Plain(pic, n)
+			if err != nil {
+				return nil, err
+			}
+			name := "new"
+			if old() {
+				name = "old"
+			}
+			p, err := envoy.Pack(name, &listenerv3.Listener{Name: name})
+			if err != nil {
+				return nil, err
+			}
+			res[envoy.ListenerType][name] = p
+			return res, nil
+		},
+		Again: func(*session.Node) time.Time {
+			if old() {
+				return ages
+			}
+			return time.Time{}
+		},
+	})
+	d.Mesh("default", false)
+	a := connect(t, d, cptest.ADSConfig{Name: "web", Metadata: cptest.Metadata("i1", cptest.Dataplane("default", "web", "web"))})
+	for _, name := range []string{"old", "new"} {
+		if _, err := a.Wait(within(t), func(v cptest.View) bool {
+			listeners := v.Resources[envoy.ListenerType]
+			return listeners[name] != nil && (name == "old" || listeners["old"] == nil)
+		}); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
 	}
 }
 

@@ -50,6 +50,8 @@ type DoorsConfig struct {
 	Tokens bool
 	// Generate replaces the configuration that is made; see Plain.
 	Generate func(pic *state.Picture, n *session.Node) (envoy.Resources, error)
+	// Again says when a configuration ages; nil: never.
+	Again func(n *session.Node) time.Time
 	// Delay, Grace and Patience are the sessions'.
 	Delay, Grace, Patience time.Duration
 	// Every is the insights'.
@@ -134,7 +136,7 @@ func OpenDoors(t *testing.T, c DoorsConfig) *Doors {
 	d.Insights = insight.New(insight.Config{Store: d.Store, Tracker: d.Tracker, Instance: "cp-test", Every: c.Every, Soon: time.Millisecond, Grace: c.Grace})
 	issuer := identity.New(identity.Config{Picture: d.Tracker.Now})
 	d.XDS = xds.New(xds.Config{
-		Tracker: d.Tracker, Sessions: d.Sessions, Generator: generator{c.Generate, d}, Issuer: issuer, Insights: d.Insights, RetryBase: 20 * time.Millisecond,
+		Tracker: d.Tracker, Sessions: d.Sessions, Generator: generator{c.Generate, c.Again, d}, Issuer: issuer, Insights: d.Insights, RetryBase: 20 * time.Millisecond,
 		FirstMessage: c.FirstMessage, Log: c.Log,
 	})
 	d.Link = link.New(link.Config{Tracker: d.Tracker, Sessions: d.Sessions, Issuer: issuer, Insights: d.Insights, Instance: "cp-test", RetryBase: 20 * time.Millisecond, FirstMessage: c.FirstMessage})
@@ -283,6 +285,7 @@ func Metadata(instance, dataplane string, features ...string) map[string]any {
 // generator makes configurations by a function.
 type generator struct {
 	generate func(pic *state.Picture, n *session.Node) (envoy.Resources, error)
+	again    func(n *session.Node) time.Time
 	doors    *Doors
 }
 
@@ -290,8 +293,12 @@ func (g generator) Generate(pic *state.Picture, n *session.Node) (envoy.Resource
 	return g.generate(pic, n)
 }
 
-// Again: nothing here ages.
-func (generator) Again(*session.Node) time.Time { return time.Time{} }
+func (g generator) Again(n *session.Node) time.Time {
+	if g.again == nil {
+		return time.Time{}
+	}
+	return g.again(n)
+}
 
 // Affected: insights, secrets, and whatever is in other meshes matters to nobody.
 func (g generator) Affected(_ *state.Picture, n *session.Node, changes []state.Change) bool {
