@@ -442,8 +442,27 @@ func (cp *ControlPlane) TLS() *tls.Config {
 	return &tls.Config{
 		MinVersion:             tls.VersionTLS12,
 		SessionTicketsDisabled: true,
-		GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return cp.cert.Load(), nil },
+		GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return cp.certificate() },
 	}
+}
+
+// certificate is the one to show now. One that has ended, since the machine
+// slept or its clock was set, is renewed first; it is never shown.
+func (cp *ControlPlane) certificate() (*tls.Certificate, error) {
+	now := cp.cert.Load()
+	if !time.Now().After(now.Leaf.NotAfter) {
+		return now, nil
+	}
+	var err error
+	if cp.vault != nil {
+		cp.mu.Lock()
+		err = cp.fit(false)
+		cp.mu.Unlock()
+	}
+	if now = cp.cert.Load(); time.Now().After(now.Leaf.NotAfter) {
+		return nil, errors.Join(errs.New(errs.Unavailable, "the control plane's certificate ended at %s", now.Leaf.NotAfter.UTC().Format(time.RFC3339)), err)
+	}
+	return now, nil
 }
 
 // CA returns what clients verify the servers with, as PEM: the authority, while
