@@ -174,11 +174,15 @@ func (s *Server) answer(ctx context.Context, host string, body []byte) (*Respons
 	if port == 0 {
 		port = s.cfg.Port
 	}
-	raw, err := render(params{req: req, dataplane: dp, resource: doc, host: host, port: port, ca: ca, cfg: &s.cfg})
+	p := params{req: req, dataplane: dp, resource: doc, host: host, port: port, ca: ca, cfg: &s.cfg}
+	raw, err := render(p)
 	if err != nil {
 		return nil, err
 	}
 	res := &Response{Bootstrap: raw}
+	if p.trustFile() {
+		res.Trust = ca
+	}
 	if n := dp.Spec.Networking; n != nil {
 		res.Configuration.Networking.Address = n.Address
 	}

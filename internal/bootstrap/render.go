@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net"
+	"slices"
 	"strconv"
 	"time"
 
@@ -62,13 +63,6 @@ func render(p params) ([]byte, error) {
 			CdsConfig: ads(), LdsConfig: ads(),
 		},
 		StaticResources: &bootstrapv3.Bootstrap_StaticResources{
-			Secrets: []*tlsv3.Secret{{
-				Name: cpValidation,
-				Type: &tlsv3.Secret_ValidationContext{ValidationContext: &tlsv3.CertificateValidationContext{
-					TrustedCa:                 &corev3.DataSource{Specifier: &corev3.DataSource_InlineBytes{InlineBytes: p.ca}},
-					MatchTypedSubjectAltNames: sanMatchers(p.host),
-				}},
-			}},
 			Clusters: []*clusterv3.Cluster{pack.pipe("access_log_sink", sockets.AccessLog()), pack.controlPlane(p)},
 		},
 		LayeredRuntime: &bootstrapv3.LayeredRuntime{Layers: []*bootstrapv3.RuntimeLayer{{
@@ -84,6 +78,15 @@ func render(p params) ([]byte, error) {
 	if p.cfg.HDS {
 		boot.HdsConfig = p.grpc(corev3.ApiConfigSource_GRPC)
 	}
+	if !p.trustFile() {
+		boot.StaticResources.Secrets = []*tlsv3.Secret{{
+			Name: names.ControlPlaneTrust,
+			Type: &tlsv3.Secret_ValidationContext{ValidationContext: &tlsv3.CertificateValidationContext{
+				TrustedCa:                 &corev3.DataSource{Specifier: &corev3.DataSource_InlineBytes{InlineBytes: p.ca}},
+				MatchTypedSubjectAltNames: sanMatchers(p.host),
+			}},
+		}}
+	}
 	if p.linked() {
 		boot.StaticResources.Clusters = append(boot.StaticResources.Clusters, pack.pipe(SDSCluster, sockets.SDS()))
 	}
@@ -97,17 +100,39 @@ func render(p params) ([]byte, error) {
 	return yaml.JSONToYAML(raw)
 }
 
-const cpValidation = "cp_validation_ctx"
-
 const controlPlaneCluster = "ads_cluster"
 
 func (p params) linked() bool {
-	for _, f := range p.req.Features {
-		if f == FeatureLink {
-			return p.req.Workdir != ""
-		}
+	return p.req.Workdir != "" && slices.Contains(p.req.Features, FeatureLink)
+}
+
+// trustFile: kuma-dp writes the control plane's authorities into a file, so that
+// they can change while Envoy runs.
+func (p params) trustFile() bool {
+	return p.linked() && slices.Contains(p.req.Features, FeatureTrustFile)
+}
+
+// verifyControlPlane says by which authorities and names Envoy verifies the
+// control plane. From a file only the authorities come: which names are right
+// is never up to it.
+func (p params) verifyControlPlane(c *tlsv3.CommonTlsContext) *tlsv3.CommonTlsContext {
+	secret := &tlsv3.SdsSecretConfig{Name: names.ControlPlaneTrust}
+	if !p.trustFile() {
+		c.ValidationContextType = &tlsv3.CommonTlsContext_ValidationContextSdsSecretConfig{ValidationContextSdsSecretConfig: secret}
+		return c
 	}
-	return false
+	sockets := names.Sockets{Dir: p.req.Workdir, Proxy: p.req.Name, Mesh: p.req.Mesh}
+	secret.SdsConfig = &corev3.ConfigSource{
+		ResourceApiVersion: corev3.ApiVersion_V3,
+		ConfigSourceSpecifier: &corev3.ConfigSource_PathConfigSource{PathConfigSource: &corev3.PathConfigSource{
+			Path: sockets.Trust(), WatchedDirectory: &corev3.WatchedDirectory{Path: p.req.Workdir},
+		}},
+	}
+	c.ValidationContextType = &tlsv3.CommonTlsContext_CombinedValidationContext{CombinedValidationContext: &tlsv3.CommonTlsContext_CombinedCertificateValidationContext{
+		DefaultValidationContext:         &tlsv3.CertificateValidationContext{MatchTypedSubjectAltNames: sanMatchers(p.host)},
+		ValidationContextSdsSecretConfig: secret,
+	}}
+	return c
 }
 
 // clusterName is the node's "cluster": the first inbound's service, else the
@@ -290,16 +315,13 @@ func (k *packer) controlPlane(p params) *clusterv3.Cluster {
 			Name: "envoy.transport_sockets.tls",
 			ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: k.any(&tlsv3.UpstreamTlsContext{
 				Sni: p.host,
-				CommonTlsContext: &tlsv3.CommonTlsContext{
+				CommonTlsContext: p.verifyControlPlane(&tlsv3.CommonTlsContext{
 					TlsParams: &tlsv3.TlsParameters{
 						TlsMinimumProtocolVersion: tlsv3.TlsParameters_TLSv1_2,
 						TlsMaximumProtocolVersion: tlsv3.TlsParameters_TLSv1_3,
 						EcdhCurves:                []string{"X25519MLKEM768", "X25519", "P-256"},
 					},
-					ValidationContextType: &tlsv3.CommonTlsContext_ValidationContextSdsSecretConfig{
-						ValidationContextSdsSecretConfig: &tlsv3.SdsSecretConfig{Name: cpValidation},
-					},
-				},
+				}),
 			})},
 		},
 		LoadAssignment: endpoints(controlPlaneCluster, &corev3.Address{Address: &corev3.Address_SocketAddress{SocketAddress: &corev3.SocketAddress{

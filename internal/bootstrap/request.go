@@ -38,6 +38,9 @@ type Response struct {
 	// Bootstrap is Envoy's configuration, YAML; base64 in JSON.
 	Bootstrap     []byte        `json:"bootstrap"`
 	Configuration Configuration `json:"kumaSidecarConfiguration"`
+	// Trust is ours: the authorities by which Envoy is to verify the control
+	// plane, PEM, for a kuma-dp that writes them into the file which Envoy watches.
+	Trust []byte `json:"trust,omitempty"`
 }
 
 // Configuration is what kuma-dp needs to know for itself.
@@ -54,6 +57,10 @@ type Configuration struct {
 // FeatureLink is announced by a kuma-dp that opens a link and keeps its own
 // keys.
 const FeatureLink = "feature-link"
+
+// FeatureTrustFile is announced by a kuma-dp that writes the authorities by which
+// Envoy verifies the control plane into a file of its working directory.
+const FeatureTrustFile = "feature-trust-file"
 
 // SDSCluster is the static cluster that leads to kuma-dp's own secrets.
 const SDSCluster = "kuma:sds"

@@ -15,7 +15,6 @@ import (
 	"regexp"
 	"runtime"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"kuma/internal/errs"
@@ -81,6 +80,7 @@ func (c *Config) features() []string {
 		name string
 	}{
 		{c.Link, featureLink},
+		{c.Link, featureTrustFile},
 		{c.DeltaXDS, "feature-delta-grpc"},
 		{c.BindOutbounds, "feature-bind-outbounds"},
 		{c.UnifiedNaming, "feature-unified-resource-naming"},
@@ -93,36 +93,6 @@ func (c *Config) features() []string {
 		}
 	}
 	return out
-}
-
-// trust is whom kuma-dp believes to be the control plane.
-type trust struct {
-	skip bool
-	// roots is nil where the system's authorities count.
-	roots atomic.Pointer[x509.CertPool]
-}
-
-func newTrust(pem []byte, skip bool) (*trust, error) {
-	t := &trust{skip: skip}
-	if len(pem) > 0 {
-		if err := t.replace(pem); err != nil {
-			return nil, errs.New(errs.Invalid, "read the authority of the control plane's certificate: %w; --ca-cert-file (KUMA_CONTROL_PLANE_CA_CERT_FILE) or KUMA_CONTROL_PLANE_CA_CERT must give certificates as PEM", err)
-		}
-	}
-	return t, nil
-}
-
-func (t *trust) replace(pem []byte) error {
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(pem) {
-		return errors.New("there is no certificate in it")
-	}
-	t.roots.Store(pool)
-	return nil
-}
-
-func (t *trust) tls() *tls.Config {
-	return &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: t.roots.Load(), InsecureSkipVerify: t.skip}
 }
 
 // lasting is an error that waiting can't mend.
@@ -139,7 +109,10 @@ const (
 // has to say to kuma-dp (contract).
 type bootstrapAnswer struct {
 	Bootstrap []byte `json:"bootstrap"`
-	Sidecar   struct {
+	// Trust is ours: the authorities by which Envoy verifies the control plane,
+	// PEM, where it has them from a file.
+	Trust   []byte `json:"trust"`
+	Sidecar struct {
 		Metrics struct {
 			Aggregate []application `json:"aggregate"`
 		} `json:"metrics"`

@@ -42,6 +42,11 @@ type Config struct {
 	// WorkDir is where sockets and Envoy's first configuration are put. Empty
 	// means a new directory in the system's temporary directory, removed at exit.
 	WorkDir string
+	// StateDir is where the control plane's authorities are kept over restarts,
+	// mode 0700. Empty means Home/.kuma/dp/<mesh>.<name>.
+	StateDir string
+	// Home is the user's home directory; empty means that there is none.
+	Home string
 	// Concurrency is the number of Envoy's worker threads; 0 lets Envoy choose.
 	Concurrency uint32
 	// EnvoyLogLevel is the level of Envoy's log; empty means kuma-dp's.
@@ -187,6 +192,7 @@ func (c *Config) settings() []setting {
 		{flag: "work-dir", env: []string{rt + "WORK_DIR", rt + "CONFIG_DIR", rt + "SOCKET_DIR"}, value: str(&c.WorkDir), usage: "directory for sockets and Envoy's first configuration (default: a temporary one)"},
 		{flag: "config-dir", value: str(&c.WorkDir), usage: "older name of --work-dir"},
 		{flag: "socket-dir", value: str(&c.WorkDir), usage: "older name of --work-dir"},
+		{flag: "state-dir", env: []string{rt + "STATE_DIR"}, value: str(&c.StateDir), usage: "directory where the control plane's authorities are kept over restarts (default: $HOME/.kuma/dp/<mesh>.<name>)"},
 		{flag: "concurrency", env: []string{rt + "CONCURRENCY"}, value: num(&c.Concurrency), usage: "number of Envoy's worker threads; 0 lets Envoy choose"},
 		{flag: "envoy-log-level", env: []string{rt + "ENVOY_LOG_LEVEL"}, value: str(&c.EnvoyLogLevel), usage: "trace, debug, info, warning, error, critical or off (default: the level of --log-level)"},
 		{flag: "envoy-component-log-level", env: []string{rt + "ENVOY_COMPONENT_LOG_LEVEL"}, value: str(&c.EnvoyComponentLogLevel), usage: "levels of single components of Envoy, such as upstream:debug,http:trace"},

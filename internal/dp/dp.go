@@ -64,6 +64,7 @@ func Run(ctx context.Context, cfg Config, b Build, pod string) error {
 	for _, w := range warnings {
 		log.Warn(w)
 	}
+	believed.restore(cfg.stateDir(me.mesh, me.name), log)
 	binary, err := cfg.locate()
 	if err != nil {
 		return err
@@ -155,9 +156,14 @@ func Run(ctx context.Context, cfg Config, b Build, pod string) error {
 		instance = p.link.hello.GetInstance()
 		p.link.hello.EnvoyVersion = v.number
 	}
-	config, err := bootstrap(ctx, &cfg, believed, cfg.request(me, v, b, dir, ca, secretToken, tokenFile, instance))
+	config, err := bootstrap(ctx, &cfg, believed, cfg.request(me, v, b, dir, believed.request(), secretToken, tokenFile, instance))
 	if err != nil {
 		return err
+	}
+	if p.link != nil {
+		if err := believed.serveEnvoy(dir.sockets.Trust(), config.Trust); err != nil {
+			return err
+		}
 	}
 	p.metrics = gauges
 	gauges.aggregate(config.Sidecar.Metrics.Aggregate)

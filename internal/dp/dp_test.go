@@ -108,7 +108,7 @@ func TestRunAndStop(t *testing.T) {
 	if b, err := os.ReadFile(req.DataplaneTokenPath); err != nil || string(b) != aToken {
 		t.Errorf("token file %q: %q, %v", req.DataplaneTokenPath, b, err)
 	}
-	if want := []string{"feature-tcp-accesslog-via-named-pipe", "feature-link", "feature-strict-inbound-ports", "feature-reuse-port"}; !cmp.Equal(req.Features, want) {
+	if want := []string{"feature-tcp-accesslog-via-named-pipe", "feature-link", "feature-trust-file", "feature-strict-inbound-ports", "feature-reuse-port"}; !cmp.Equal(req.Features, want) {
 		t.Errorf("features: %s", cmp.Diff(want, req.Features))
 	}
 	for last := (*linkpb.Readiness)(nil); !last.GetReady(); {

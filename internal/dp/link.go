@@ -263,10 +263,15 @@ func (l *link) handle(m *linkpb.ToProxy) (welcome bool, err error) {
 	case *linkpb.ToProxy_ConfigStatus:
 		l.state.configured(m.ConfigStatus)
 	case *linkpb.ToProxy_Trust:
-		if err := l.trust.replace(m.Trust.GetBundle()); err != nil {
-			l.log.Warn("the control plane's new authorities can't be used", "error", err)
+		noted := &linkpb.TrustNoted{Revision: m.Trust.GetRevision()}
+		if err := l.trust.take(m.Trust.GetBundle(), m.Trust.GetRevision()); err != nil {
+			l.log.Warn("the control plane's authorities were not taken over in full", "error", err)
+			noted.Error = err.Error()
 		} else {
-			l.log.Info("the control plane's authorities have changed", "revision", m.Trust.GetRevision())
+			l.log.Info("the control plane has sent its authorities", "revision", m.Trust.GetRevision())
+		}
+		if !l.say(&linkpb.FromProxy{Message: &linkpb.FromProxy_TrustNoted{TrustNoted: noted}}) {
+			return false, errs.New(errs.Unavailable, "the link is congested") // a new stream is told anew
 		}
 	case *linkpb.ToProxy_Credential:
 		l.mu.Lock()

@@ -108,6 +108,7 @@ func runCommand(out *logOutput, env func(string) string, stdin io.Reader, stderr
 			debug.SetMemoryLimit(softMemory)
 		}
 		cfg.Log, cfg.Stdin, cfg.LogLevel, cfg.Path = log, stdin, out.level, env("PATH")
+		cfg.Home = env("HOME")
 		if dir, err := os.UserCacheDir(); err == nil {
 			cfg.CacheDir = dir
 		}

@@ -64,6 +64,10 @@ func IdentitySecret(mesh string) string { return "identity_cert:secret:" + mesh 
 // "mesh_ca:secret:<mesh>".
 func CASecret(mesh string) string { return "mesh_ca:secret:" + mesh }
 
+// ControlPlaneTrust is the name of the secret with the authorities by which a
+// proxy verifies the control plane.
+const ControlPlaneTrust = "cp_validation_ctx"
+
 // Destination is the name of the cluster, endpoint set and virtual host of a
 // real destination: "<mesh>_<name>_<namespace>_<zone>_<short>_<port>".
 func Destination(mesh, name, namespace, zone, short string, port uint32) string {
@@ -186,6 +190,10 @@ func (s Sockets) Admin() string { return s.join("kuma-envoy-admin") }
 
 // SDS is the socket on which kuma-dp serves its own certificates and keys.
 func (s Sockets) SDS() string { return s.join("kuma-sds") }
+
+// Trust is the file with the authorities of the control plane that Envoy
+// watches: "<dir>/kuma-cp-trust.json" (ours).
+func (s Sockets) Trust() string { return strings.TrimSuffix(s.Dir, "/") + "/kuma-cp-trust.json" }
 
 func (s Sockets) join(name string) string {
 	p := strings.TrimSuffix(s.Dir, "/") + "/" + name

@@ -117,6 +117,9 @@ func encodeCert(der []byte) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 }
 
+// EncodeCertificate returns a certificate as PEM.
+func EncodeCertificate(c *x509.Certificate) []byte { return encodeCert(c.Raw) }
+
 // parseCerts reads the certificates of a PEM text. Blocks of other types are
 // an error: a private key has no place beside certificates.
 func parseCerts(text []byte) ([]*x509.Certificate, error) {

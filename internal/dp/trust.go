@@ -1,0 +1,262 @@
+package dp
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"sync"
+
+	"kuma/internal/errs"
+	"kuma/internal/names"
+	"kuma/internal/pki"
+)
+
+// trustFile is where the state directory keeps the control plane's authorities.
+const trustFile = "control-plane-ca.pem"
+
+// featureTrustFile says that kuma-dp writes the authorities by which Envoy
+// verifies the control plane into a file that Envoy watches.
+const featureTrustFile = "feature-trust-file"
+
+// trust is whom kuma-dp and its Envoy believe to be the control plane: what the
+// user gave (or the system's authorities), and the authorities that the control
+// plane itself has sent since, over a link that was verified. The latter
+// replace each other; the former stay. It is safe for concurrent use.
+type trust struct {
+	skip bool
+	// given is what the user gave, as PEM; nil where the system's count.
+	given []byte
+	log   *slog.Logger
+
+	mu sync.Mutex
+	// kept is the control plane's own list; revision its name for it.
+	kept     []byte
+	revision int64
+	// roots is nil where only the system's authorities count.
+	roots *x509.CertPool
+	// dir is the state directory; empty where nothing is kept, and lacks then
+	// says why.
+	dir, lacks string
+	// envoy is the file that Envoy watches, empty where there is none; started
+	// is what Envoy had at its start.
+	envoy   string
+	started []byte
+	written int
+}
+
+func newTrust(pem []byte, skip bool) (*trust, error) {
+	t := &trust{skip: skip, log: slog.New(slog.DiscardHandler), lacks: "there is no state directory"}
+	if len(pem) > 0 {
+		pool := x509.NewCertPool()
+		if !pool.AppendCertsFromPEM(pem) {
+			return nil, errs.New(errs.Invalid, "read the authority of the control plane's certificate: there is no certificate in it; --ca-cert-file (KUMA_CONTROL_PLANE_CA_CERT_FILE) or KUMA_CONTROL_PLANE_CA_CERT must give certificates as PEM")
+		}
+		t.given, t.roots = pem, pool
+	}
+	return t, nil
+}
+
+// tls is how the control plane is connected to now.
+func (t *trust) tls() *tls.Config {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: t.roots, InsecureSkipVerify: t.skip}
+}
+
+// stateName is what a mesh or a proxy may be called for its name to be that of
+// a directory.
+var stateName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9._-]{0,199}$`)
+
+// stateDir is where a proxy's state is kept; empty where there is no place.
+func (c *Config) stateDir(meshName, name string) string {
+	if c.StateDir != "" {
+		return c.StateDir
+	}
+	if c.Home == "" {
+		return ""
+	}
+	dir := meshName + "." + name
+	if !stateName.MatchString(dir) {
+		sum := sha256.Sum256([]byte(dir))
+		dir = hex.EncodeToString(sum[:])
+	}
+	return filepath.Join(c.Home, ".kuma", "dp", dir)
+}
+
+// restore takes in what earlier runs have kept in a state directory. What is
+// damaged is ignored, with a warning: then the user's authorities count alone.
+func (t *trust) restore(dir string, log *slog.Logger) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.log = log
+	if dir == "" {
+		log.Warn("there is no home directory, and so no place for what this proxy learns of the control plane's authorities; name one with --state-dir")
+		return
+	}
+	if t.skip {
+		return // what was learnt unverified is not kept, and what was kept is not needed
+	}
+	err := os.MkdirAll(dir, 0o700)
+	if err == nil {
+		err = os.Chmod(dir, 0o700)
+	}
+	if err != nil {
+		t.lacks = err.Error()
+		log.Warn("the state directory can't be used; after a restart this proxy knows only the authorities that it is given; name another one with --state-dir", "directory", dir, "error", err)
+		return
+	}
+	t.dir = dir
+	file := filepath.Join(dir, trustFile)
+	text, err := readLimited(file, maxCA)
+	if errors.Is(err, fs.ErrNotExist) {
+		return
+	}
+	var clean []byte
+	if err == nil {
+		_, clean, err = pki.ReadAnchors(text)
+	}
+	if err == nil {
+		err = t.believe(clean, 0)
+	}
+	if err != nil {
+		log.Warn("the control plane's authorities that were kept can't be used and are ignored; they are replaced when the control plane sends them", "file", file, "error", err)
+	}
+}
+
+// believe makes a list the control plane's own. The lock is held.
+func (t *trust) believe(clean []byte, revision int64) error {
+	if !t.skip {
+		var pool *x509.CertPool
+		if len(t.given) == 0 {
+			system, err := x509.SystemCertPool()
+			if err != nil {
+				return errs.New(errs.Unavailable, "read the system's authorities: %w", err)
+			}
+			pool = system
+		} else {
+			pool = x509.NewCertPool()
+			pool.AppendCertsFromPEM(t.given)
+		}
+		pool.AppendCertsFromPEM(clean)
+		t.roots = pool
+	}
+	t.kept, t.revision = clean, revision
+	return nil
+}
+
+// take replaces the control plane's own list by what it has sent. What can't be
+// used changes nothing. What can't be kept, or not be handed to Envoy, is
+// believed all the same, and an error.
+func (t *trust) take(bundle []byte, revision int64) error {
+	_, clean, err := pki.ReadAnchors(bundle)
+	if err != nil {
+		return errs.New(errs.Invalid, "the control plane's authorities can't be used: %w", err)
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if err := t.believe(clean, revision); err != nil {
+		return err
+	}
+	return errors.Join(t.keep(clean), t.tellEnvoy())
+}
+
+// keep writes the list into the state directory. The lock is held.
+func (t *trust) keep(clean []byte) error {
+	switch {
+	case t.skip:
+		return nil // nothing that was not verified is kept
+	case t.dir == "":
+		return errs.New(errs.Unavailable, "they are not kept over a restart: %s; name a directory with --state-dir", t.lacks)
+	}
+	file := filepath.Join(t.dir, trustFile)
+	if have, err := readLimited(file, maxCA); err == nil && bytes.Equal(have, clean) {
+		return nil
+	}
+	if err := pki.WriteFile(file, clean); err != nil {
+		return errs.New(errs.Unavailable, "they are not kept over a restart: %w", err)
+	}
+	return nil
+}
+
+// request are the authorities for the bootstrap request: none where the
+// system's count, since the control plane then names its own.
+func (t *trust) request() []byte {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.given) == 0 {
+		return nil
+	}
+	return union(t.given, t.kept)
+}
+
+// serveEnvoy has Envoy's authorities in a file from now on. Named are those that
+// the control plane names where the user gave none.
+func (t *trust) serveEnvoy(file string, named []byte) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.envoy = file
+	if t.started = t.given; len(t.given) == 0 {
+		t.started = named
+	}
+	return t.tellEnvoy()
+}
+
+// tellEnvoy writes the file that Envoy watches. The lock is held.
+func (t *trust) tellEnvoy() error {
+	if t.envoy == "" {
+		return nil
+	}
+	type object = map[string]any
+	all := union(t.started, t.kept)
+	if len(all) == 0 {
+		return nil // a control plane that does not know the file
+	}
+	t.written++
+	doc, err := json.Marshal(object{
+		"version_info": strconv.Itoa(t.written),
+		"resources": []any{object{
+			"@type": secretType, "name": names.ControlPlaneTrust,
+			"validation_context": object{"trusted_ca": object{"inline_bytes": all}},
+		}},
+	})
+	if err == nil {
+		err = pki.WriteFile(t.envoy, doc)
+	}
+	if err != nil {
+		return errs.New(errs.Unavailable, "envoy can't be told of them: %w", err)
+	}
+	return nil
+}
+
+// union joins PEM texts, without what the first has already.
+func union(first, second []byte) []byte {
+	certs, clean, err := pki.ReadAnchors(second)
+	if err != nil || len(certs) == 0 {
+		return first
+	}
+	have, _, err := pki.ReadAnchors(first)
+	if err != nil { // a user's file need not be as strict as what a control plane sends
+		return slices.Concat(bytes.TrimRight(first, "\n"), []byte("\n"), clean)
+	}
+	out := slices.Clone(first)
+	if len(out) > 0 && out[len(out)-1] != '\n' {
+		out = append(out, '\n')
+	}
+	for i, c := range certs {
+		if !slices.ContainsFunc(have, c.Equal) {
+			out = append(out, pki.EncodeCertificate(certs[i])...)
+		}
+	}
+	return out
+}
