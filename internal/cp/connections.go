@@ -217,6 +217,9 @@ func connectionOf(c net.Conn) *connection {
 	}
 }
 
+// adminServer is the name of the ports where certificates always log users in.
+const adminServer = "admin-server"
+
 // How callers are known.
 const (
 	byNothing     = "nothing"
@@ -225,12 +228,9 @@ const (
 	bySocket      = "the owner of its socket on this machine"
 )
 
-// callers notes who sends requests; certs says that client certificates log
-// users in.
-type callers struct{ certs bool }
-
-// called notes the caller of a request that was authenticated.
-func (n callers) called(r *http.Request, who auth.Caller) {
+// noteCaller notes the caller of a request that was authenticated; certs says
+// that client certificates log users in.
+func noteCaller(certs bool, r *http.Request, who auth.Caller) {
 	c, ok := r.Context().Value(connectionKey{}).(*connection)
 	if !ok {
 		return
@@ -239,7 +239,7 @@ func (n callers) called(r *http.Request, who auth.Caller) {
 	switch {
 	case who.IsAnonymous():
 		by = byNothing
-	case n.certs && r.TLS != nil && len(r.TLS.PeerCertificates) > 0:
+	case (certs || c.door.name == adminServer) && r.TLS != nil && len(r.TLS.PeerCertificates) > 0:
 		by = byCertificate
 	case r.Header.Get("Authorization") != "":
 		by = byToken

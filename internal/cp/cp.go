@@ -67,6 +67,8 @@ type ControlPlane struct {
 
 	// expiring are those who hold certificates; expiries asks them.
 	expiring []func() []pki.Expiry
+	// conns are the ports and who is connected to them.
+	conns connections
 
 	sessions *session.Registry
 	insights *insight.Recorder
@@ -233,6 +235,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 		max: cfg.DPServer.MaxConnections, setting: "KUMA_DP_SERVER_MAX_CONNECTIONS",
 		each: cfg.DPServer.MaxConnectionsPerAddress, eachSetting: "KUMA_DP_SERVER_MAX_CONNECTIONS_PER_ADDRESS", log: log.With("logger", "dp-server"),
 	})
+	c.proxies.door = c.conns.add(door{name: "dp-server", caller: "proxy", addr: l.Addr(), tls: dpTLS})
 	boot := cfg.BootstrapServer.Params
 	mux := http.NewServeMux()
 	mux.Handle("/bootstrap", bootstrap.New(bootstrap.Config{
@@ -264,6 +267,10 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 		Lenient: !cfg.APIServer.Strict, ReadOnly: cfg.APIServer.ReadOnly, BasePath: cfg.APIServer.BasePath,
 		CORSAllowedDomains: cfg.APIServer.CORSAllowedDomains, Log: log.With("logger", "rest"),
 		Bootstrap: front, Elsewhere: c.elsewhere, Catalog: c.catalog(),
+		TLSReporter: c.reporter(instance, inspector{links, c.channel}),
+		Called: func(r *http.Request, who auth.Caller) {
+			noteCaller(cfg.APIServer.Authn.Type == auth.AdminClientCerts, r, who)
+		},
 	}
 	api, err := rest.New(offered)
 	if err != nil {
@@ -282,6 +289,9 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	}
 	if c.diagnostics, err = listen("the diagnostics server", "KUMA_DIAGNOSTICS_SERVER_PORT", "", cfg.Diagnostics.ServerPort); err != nil {
 		return nil, err
+	}
+	for i, s := range c.http {
+		c.http[i] = c.known(s)
 	}
 	c.users, c.administers = users, administrators(users, access)
 	counted.registerAbout(instance, clusterID(c.certs.CA()), kinds, c.tracker.Now, c.expiries)
@@ -492,6 +502,7 @@ func (c *ControlPlane) Run(ctx context.Context) error {
 	if diagnostics.tls {
 		secure(diagnostics.Server, c.diagnosticsTLS)
 	}
+	diagnostics = c.known(diagnostics)
 	g.Go(func() error { return diagnostics.run(doors) })
 	g.Go(c.proxies.run)
 	g.Go(func() error {

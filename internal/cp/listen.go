@@ -50,6 +50,8 @@ type splitter struct {
 	tls        *tls.Config
 	grpc, http *branch
 	limit      *limit
+	// door is where connections are noted.
+	door *door
 
 	mu sync.Mutex
 	// pending are the connections in their handshake, the oldest first.
@@ -57,7 +59,7 @@ type splitter struct {
 }
 
 func newSplitter(l net.Listener, c *tls.Config, most *limit) *splitter {
-	s := &splitter{Listener: l, limit: most}
+	s := &splitter{Listener: l, limit: most, door: new(connections).add(door{addr: l.Addr(), tls: c})}
 	s.grpc = &branch{addr: l.Addr(), conns: make(chan net.Conn), done: make(chan struct{})}
 	s.http = &branch{addr: l.Addr(), conns: make(chan net.Conn), done: make(chan struct{})}
 	forHTTP := c.Clone()
@@ -114,13 +116,15 @@ func (s *splitter) begin(c net.Conn) (done func()) {
 	}
 }
 
-func (s *splitter) sort(raw net.Conn) {
+func (s *splitter) sort(accepted net.Conn) {
+	raw := s.door.enter(accepted)
 	c := tls.Server(raw, s.tls)
 	_ = raw.SetDeadline(time.Now().Add(handshakeTimeout))
 	if c.Handshake() != nil {
 		_ = raw.Close()
 		return
 	}
+	raw.secured(c.ConnectionState())
 	to := s.grpc
 	var conn net.Conn = c
 	switch c.ConnectionState().NegotiatedProtocol {

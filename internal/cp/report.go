@@ -53,11 +53,42 @@ type reporter struct {
 	now   func() time.Time
 }
 
+// reporter is the TLS report's source.
+func (c *ControlPlane) reporter(instance string, proxies inspector) *reporter {
+	return &reporter{
+		cfg: c.cfg, instance: instance, conns: &c.conns, peers: c.sessions.Peers, picture: c.tracker.Now, expiries: c.expiries, now: time.Now,
+		stats: func(ctx context.Context, key session.Key) ([]byte, error) {
+			return proxies.Inspect(ctx, key.Mesh, key.Name, rest.Inspection{What: "stats", UsedOnly: true})
+		},
+	}
+}
+
+// known makes the port of an HTTP server known to the TLS report, by its number.
+func (c *ControlPlane) known(s server) server {
+	d := door{name: "other", caller: "user"}
+	admin, public := c.cfg.AdminServer.ports()
+	port := uint32(0)
+	if addr, ok := s.Listener.Addr().(*net.TCPAddr); ok {
+		port = uint32(addr.Port)
+	}
+	switch {
+	case port == c.cfg.APIServer.HTTP.Port && !s.tls:
+		d.name, d.mend = "api-http", "KUMA_API_SERVER_HTTP_INTERFACE=127.0.0.1 or KUMA_API_SERVER_HTTP_ENABLED=false; users then use the port with TLS"
+	case port == c.cfg.APIServer.HTTPS.Port && s.tls:
+		d.name = "api-https"
+	case port == c.cfg.Diagnostics.ServerPort:
+		d.name, d.caller, d.mend = "diagnostics", "diagnostics", "KUMA_DIAGNOSTICS_TLS_ENABLED=true; probes and scrapers then need https"
+	case port == admin || port == public:
+		d.name = adminServer
+	}
+	s.Listener = c.conns.serve(d, s.Server, s.Listener)
+	return s
+}
+
 // proxyPeer is a proxy's end of a connection.
 type proxyPeer struct {
 	key     session.Key
 	streams []string
-	linked  bool
 }
 
 // TLSReport makes the report.
@@ -72,20 +103,18 @@ func (r *reporter) TLSReport(ctx context.Context, meshName string) (rest.TLSRepo
 	}
 	found := findings{}
 	proxies := map[netip.AddrPort]*proxyPeer{}
-	linked := map[session.Key]bool{}
+	here := map[session.Key]bool{}
 	for _, p := range r.peers() {
 		if meshName != "" && p.Mesh != meshName {
 			continue
 		}
 		known := proxies[p.Remote]
 		if known == nil {
-			known = &proxyPeer{key: p.Key, linked: p.Linked}
+			known = &proxyPeer{key: p.Key}
 			proxies[p.Remote] = known
 		}
 		known.streams = append(known.streams, p.Kind.String())
-		if p.Kind == session.Link {
-			linked[p.Key] = true
-		}
+		here[p.Key] = true
 		if !p.Linked && p.Kind == session.ADS {
 			r.unlinked(found, pic, p.Key)
 		}
@@ -122,7 +151,7 @@ func (r *reporter) TLSReport(ctx context.Context, meshName string) (rest.TLSRepo
 	if r.cfg.Access.Anonymous == auth.AnonymousContract {
 		found.add(rest.SeverityCritical, "callers without a credential may read and write most resources", "api", "KUMA_ACCESS_ANONYMOUS=closed")
 	}
-	report.Envoys, report.EnvoysLeftOut = r.envoys(ctx, found, pic, slices.SortedFunc(maps.Keys(linked), compareKeys))
+	report.Envoys, report.EnvoysLeftOut = r.envoys(ctx, found, pic, slices.SortedFunc(maps.Keys(here), compareKeys))
 	report.Findings = found.list()
 	return report, nil
 }
@@ -263,7 +292,7 @@ func (r *reporter) unlinked(found findings, pic *state.Picture, key session.Key)
 	if m := pic.Mesh(key.Mesh); m != nil && m.Spec.EnabledBackend() != nil {
 		severity = rest.SeverityWarning
 	}
-	found.add(severity, "the proxy has no link: its private key is made by the control plane and sent to it, and it can't be asked", key.Mesh+"/"+key.Name,
+	found.add(severity, "the proxy has no link: its private key is made by the control plane and sent to it", key.Mesh+"/"+key.Name,
 		"run it with the kuma-dp of this product")
 }
 
