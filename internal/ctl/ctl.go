@@ -93,6 +93,7 @@ func (a *app) root() *cobra.Command {
 		a.deleteCommand(),
 		a.inspectCommand(),
 		a.generateCommand(),
+		a.tlsCommand(),
 		a.configCommand(),
 		a.completionCommand(),
 		a.versionCommand(),
