@@ -11,9 +11,11 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/netip"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -254,16 +256,17 @@ func (c *adminChannel) ask(ctx context.Context, n *session.Node, path string) ([
 		return nil, errs.New(errs.Unavailable, "%d proxies are being inspected already; try again later", maxAdminPages)
 	}
 	at := net.JoinHostPort(d.Spec.Networking.Address, strconv.Itoa(int(proxy.AdminPort(d, n.AdminPort, c.port))))
-	body, err := fetch(ctx, secure, at, path)
+	body, known, err := fetch(ctx, secure, at, path)
 	if err != nil {
 		c.log.Info("a proxy could not be inspected", "mesh", n.Mesh, "name", n.Name, "address", at, "error", err)
-		return nil, refusal(err, n, at)
+		return nil, refusal(err, known, n, at)
 	}
 	return body, nil
 }
 
-// fetch gets a page, from that address and no other.
-func fetch(ctx context.Context, secure *tls.Config, at, path string) ([]byte, error) {
+// fetch gets a page, from that address and no other. Known says that who is
+// there has shown the right certificate.
+func fetch(ctx context.Context, secure *tls.Config, at, path string) (body []byte, known bool, err error) {
 	t := &http.Transport{
 		Proxy:             nil, // not that of the environment either
 		DialContext:       (&net.Dialer{Timeout: adminDial, Control: dialable}).DialContext,
@@ -271,23 +274,28 @@ func fetch(ctx context.Context, secure *tls.Config, at, path string) ([]byte, er
 	}
 	defer t.CloseIdleConnections()
 	client := &http.Client{Transport: t, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+at+path, nil)
+	var shaken atomic.Bool
+	trace := &httptrace.ClientTrace{TLSHandshakeDone: func(_ tls.ConnectionState, err error) { shaken.Store(err == nil) }}
+	req, err := http.NewRequestWithContext(httptrace.WithClientTrace(ctx, trace), http.MethodGet, "https://"+at+path, nil)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	resp, err := client.Do(req)
 	if err != nil {
-		return nil, err
+		return nil, shaken.Load(), err
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		return nil, errs.New(errs.Unavailable, "its Envoy answers with status %d", resp.StatusCode)
+		return nil, true, errs.New(errs.Unavailable, "its Envoy answers with status %d", resp.StatusCode)
 	}
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAdminPage+1))
-	if err == nil && len(body) > maxAdminPage {
+	body, err = io.ReadAll(io.LimitReader(resp.Body, maxAdminPage+1))
+	switch {
+	case err != nil:
+		err = errs.New(errs.Unavailable, "read its answer: %w", err)
+	case len(body) > maxAdminPage:
 		err = errs.New(errs.Unavailable, "the page has more than %d MiB", maxAdminPage>>20)
 	}
-	return body, err
+	return body, true, err
 }
 
 // errNotDialed is for addresses at which no proxy can be.
@@ -308,15 +316,17 @@ func dialable(_, address string, _ syscall.RawConn) error {
 }
 
 // refusal says why a proxy can't be asked, and what can be done about it.
-func refusal(err error, n *session.Node, at string) error {
+func refusal(err error, known bool, n *session.Node, at string) error {
 	if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
 		return errs.New(errs.Unavailable, "whoever answers at %s is not the proxy %q of mesh %q: %w; another program may have that address and port: give the proxy a port of its own with networking.admin.port", at, n.Name, n.Mesh, err)
 	}
-	if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "remote error" {
-		return errs.New(errs.Unavailable, "the proxy %q of mesh %q refused the control plane's certificate at %s: %w; if the GlobalSecret %q was changed just now, try again", n.Name, n.Mesh, at, err, mesh.EnvoyAdminCA)
-	}
-	if errs.Is(err, errs.Unavailable) {
+	if errs.Is(err, errs.Unavailable) || known && errors.Is(err, context.DeadlineExceeded) {
 		return errs.New(errs.Unavailable, "the proxy %q of mesh %q can't be asked at %s: %w", n.Name, n.Mesh, at, err)
+	}
+	// In TLS 1.3 a refusal comes after the handshake, and may be overtaken by the
+	// connection's end.
+	if op, ok := errors.AsType[*net.OpError](err); known || ok && op.Op == "remote error" {
+		return errs.New(errs.Unavailable, "the proxy %q of mesh %q refused the control plane's certificate at %s: %w; if the GlobalSecret %q was changed just now, try again", n.Name, n.Mesh, at, err, mesh.EnvoyAdminCA)
 	}
 	return errs.New(errs.Unavailable, "the admin listener of the proxy %q of mesh %q can't be reached at %s: %w; it must be reachable from the control plane, and the insight of the Dataplane tells whether its Envoy refused to open it", n.Name, n.Mesh, at, err)
 }
