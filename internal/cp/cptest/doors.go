@@ -65,8 +65,11 @@ type DoorsConfig struct {
 // Doors is what proxies connect to, with all that is behind it but the real
 // configuration: store, gate, picture, sessions, insights, ADS, HDS and link.
 type Doors struct {
-	t        *testing.T
-	Store    *memstore.Store
+	t     *testing.T
+	Store *memstore.Store
+	// Counted is Store as all parts here have it, and Asked what they ask of it.
+	Counted  store.Store
+	Asked    *store.Metrics
 	Tracker  *state.Tracker
 	Gate     *admit.Gate
 	Sessions *session.Registry
@@ -114,26 +117,28 @@ func OpenDoors(t *testing.T, c DoorsConfig) *Doors {
 	if d.Store == nil {
 		d.Store = memstore.New()
 	}
+	d.Asked = store.NewMetrics([]*resource.Kind{mesh.Meshes.Kind, mesh.Dataplanes.Kind, mesh.DataplaneInsights.Kind, mesh.Secrets.Kind})
+	d.Counted = d.Asked.Wrap(d.Store)
 	if c.Generate == nil {
 		c.Generate = Plain
 	}
 	log := slog.New(slog.DiscardHandler)
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
-	d.Tracker = state.New(state.Config{Store: d.Store, Quiet: time.Millisecond, Log: log})
-	d.Gate = admit.New(admit.Config{Store: d.Store, Zone: "default"})
+	d.Tracker = state.New(state.Config{Store: d.Counted, Quiet: time.Millisecond, Log: log})
+	d.Gate = admit.New(admit.Config{Store: d.Counted, Zone: "default"})
 	proxies := auth.DefaultProxies()
 	if !c.Tokens {
 		proxies.DPProxy.Type = auth.ProxyNone
 	}
-	checker, err := auth.NewProxyChecker(auth.ProxyCheckerConfig{Proxies: proxies, Secrets: storedSecrets{d.Store}})
+	checker, err := auth.NewProxyChecker(auth.ProxyCheckerConfig{Proxies: proxies, Secrets: storedSecrets{d.Counted}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	d.tokens = auth.NewIssuer(auth.IssuerConfig{Proxies: proxies, Secrets: storedSecrets{d.Store}})
+	d.tokens = auth.NewIssuer(auth.IssuerConfig{Proxies: proxies, Secrets: storedSecrets{d.Counted}})
 	d.Sessions = session.New(session.Config{
-		Tracker: d.Tracker, Store: d.Store, Gate: d.Gate, Credentials: checker, Delay: c.Delay, Grace: c.Grace, Patience: c.Patience,
+		Tracker: d.Tracker, Store: d.Counted, Gate: d.Gate, Credentials: checker, Delay: c.Delay, Grace: c.Grace, Patience: c.Patience,
 	})
-	d.Insights = insight.New(insight.Config{Store: d.Store, Tracker: d.Tracker, Instance: "cp-test", Every: c.Every, Soon: time.Millisecond, Grace: c.Grace})
+	d.Insights = insight.New(insight.Config{Store: d.Counted, Tracker: d.Tracker, Instance: "cp-test", Every: c.Every, Soon: time.Millisecond, Grace: c.Grace})
 	issuer := identity.New(identity.Config{Picture: d.Tracker.Now})
 	d.XDS = xds.New(xds.Config{
 		Tracker: d.Tracker, Sessions: d.Sessions, Generator: generator{c.Generate, c.Again, d}, Issuer: issuer, Insights: d.Insights, RetryBase: 20 * time.Millisecond,
