@@ -74,7 +74,11 @@ func (s *soak) run(total time.Duration) {
 	}
 	s.open()
 	s.start()
-	defer func() { s.stop() }()
+	defer func() {
+		if s.stop != nil {
+			s.stop()
+		}
+	}()
 	for s.hours < int(total.Hours()) {
 		time.Sleep(time.Hour)
 		s.hours++
