@@ -294,6 +294,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 		c.http[i] = c.known(s)
 	}
 	c.users, c.administers = users, administrators(users, access)
+	counted.registerFiles(c.files.Taken, c.files.Refused)
 	counted.registerAbout(instance, clusterID(c.certs.CA()), kinds, c.tracker.Now, c.expiries)
 	c.posture()
 	return c, nil

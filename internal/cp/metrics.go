@@ -66,6 +66,19 @@ func (m *metrics) registerAbout(instance, cluster string, kinds []*resource.Kind
 	)
 }
 
+// registerFiles registers what became of certificate files that changed, under
+// the names that dashboards know.
+func (m *metrics) registerFiles(taken, refused func() uint64) {
+	m.zoned.MustRegister(
+		prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name: "certwatcher_read_certificate_total", Help: "Changed certificate files that were read.",
+		}, func() float64 { return float64(taken() + refused()) }),
+		prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name: "certwatcher_read_certificate_errors_total", Help: "Changed certificate files that were refused; what was there before goes on.",
+		}, func() float64 { return float64(refused()) }),
+	)
+}
+
 // gathered is what is found out when somebody asks.
 type gathered struct {
 	now                                func() *state.Picture
