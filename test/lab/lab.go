@@ -17,6 +17,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -245,7 +246,25 @@ func (c *ControlPlane) Start(ctx context.Context) error {
 		return err
 	}
 	c.Process = p
-	return c.lab.Await(ctx, p, "the control plane is ready", func() error { return status(fmt.Sprintf("http://127.0.0.1:%d/ready", c.Diagnostics)) })
+	return c.lab.Await(ctx, p, "the control plane is ready", func() error {
+		if !slices.Contains(c.env, "KUMA_DIAGNOSTICS_TLS_ENABLED=true") {
+			return status(fmt.Sprintf("http://127.0.0.1:%d/ready", c.Diagnostics))
+		}
+		client, err := c.Verified()
+		if err != nil {
+			return err
+		}
+		defer client.CloseIdleConnections()
+		res, err := client.Get(fmt.Sprintf("https://localhost:%d/ready", c.Diagnostics))
+		if err != nil {
+			return err
+		}
+		defer res.Body.Close()
+		if res.StatusCode != http.StatusOK {
+			return errors.New(res.Status)
+		}
+		return nil
+	})
 }
 
 // URL is the API's address without TLS, and URLS that with TLS.
