@@ -32,6 +32,8 @@ type Config struct {
 	AdminServer AdminServer `json:"adminServer"`
 	// Diagnostics is the server with health, readiness and metrics.
 	Diagnostics Diagnostics `json:"diagnostics"`
+	// MonitoringAssignmentServer tells Prometheus which proxies to scrape.
+	MonitoringAssignmentServer MonitoringAssignmentServer `json:"monitoringAssignmentServer"`
 	// Multizone names this zone.
 	Multizone Multizone `json:"multizone"`
 	// InterCP is about what control planes tell each other.
@@ -352,6 +354,9 @@ func Default() Config {
 			}},
 		},
 		Diagnostics: Diagnostics{ServerPort: 5680, Metrics: true},
+
+		MonitoringAssignmentServer: defaultMADS(),
+
 		Multizone:   Multizone{Global: GlobalConfig{KDS{GRPCPort: 5685, TLSEnabled: true}}, Zone: ZoneConfig{Name: "default"}},
 		InterCP:     InterCP{Server: InterCPServer{Port: 5683}},
 		Metrics:     Metrics{Dataplane: DataplaneMetrics{SubscriptionLimit: 2}},

@@ -282,6 +282,9 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	if err := c.openAdmin(offered, callers); err != nil {
 		return nil, err
 	}
+	if err := c.openMADS(); err != nil {
+		return nil, err
+	}
 	if cfg.Diagnostics.TLSEnabled {
 		if c.diagnosticsTLS, err = c.serverTLS("KUMA_DIAGNOSTICS", cfg.Diagnostics.ServerTLS, nil); err != nil {
 			return nil, err
@@ -425,6 +428,7 @@ func (c *ControlPlane) posture() {
 	if c.cfg.Diagnostics.Metrics {
 		c.log.Info("metrics are served without a credential, on all interfaces; KUMA_DIAGNOSTICS_METRICS=false ends it", "port", c.cfg.Diagnostics.ServerPort)
 	}
+	c.madsPosture()
 	if c.cfg.Access.Anonymous == auth.AnonymousContract {
 		c.log.Warn("callers without a credential may read and write most resources, as the original lets them; KUMA_ACCESS_ANONYMOUS=closed ends it")
 	}

@@ -42,7 +42,7 @@ func config(t *testing.T) cp.Config {
 	cfg := cp.Default()
 	cfg.General.WorkDir = filepath.Join(t.TempDir(), "work")
 	cfg.APIServer.HTTP.Interface, cfg.APIServer.HTTPS.Interface = "127.0.0.1", "127.0.0.1"
-	for _, port := range []*uint32{&cfg.APIServer.HTTP.Port, &cfg.APIServer.HTTPS.Port, &cfg.DPServer.Port, &cfg.Diagnostics.ServerPort} {
+	for _, port := range []*uint32{&cfg.APIServer.HTTP.Port, &cfg.APIServer.HTTPS.Port, &cfg.DPServer.Port, &cfg.Diagnostics.ServerPort, &cfg.MonitoringAssignmentServer.Port} {
 		l, err := net.Listen("tcp", ":0")
 		if err != nil {
 			t.Fatal(err)
@@ -136,7 +136,7 @@ func TestAssembly(t *testing.T) {
 		}
 	}
 	stop()
-	for _, port := range []uint32{cfg.APIServer.HTTP.Port, cfg.APIServer.HTTPS.Port, cfg.DPServer.Port, cfg.Diagnostics.ServerPort} {
+	for _, port := range []uint32{cfg.APIServer.HTTP.Port, cfg.APIServer.HTTPS.Port, cfg.DPServer.Port, cfg.Diagnostics.ServerPort, cfg.MonitoringAssignmentServer.Port} {
 		l, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
 		if err != nil {
 			t.Errorf("port %d is still taken: %v", port, err)
@@ -197,6 +197,7 @@ func TestPortInUse(t *testing.T) {
 		{"KUMA_API_SERVER_HTTPS_PORT", func(c *cp.Config) *uint32 { return &c.APIServer.HTTPS.Port }},
 		{"KUMA_DP_SERVER_PORT", func(c *cp.Config) *uint32 { return &c.DPServer.Port }},
 		{"KUMA_DIAGNOSTICS_SERVER_PORT", func(c *cp.Config) *uint32 { return &c.Diagnostics.ServerPort }},
+		{"KUMA_MONITORING_ASSIGNMENT_SERVER_PORT", func(c *cp.Config) *uint32 { return &c.MonitoringAssignmentServer.Port }},
 	} {
 		t.Run(c.setting, func(t *testing.T) {
 			cfg := config(t)
@@ -300,6 +301,7 @@ func TestSignals(t *testing.T) {
 			asProgram + "=1", "KUMA_GENERAL_WORK_DIR=" + cfg.General.WorkDir,
 			fmt.Sprintf("KUMA_API_SERVER_HTTP_PORT=%d", cfg.APIServer.HTTP.Port), fmt.Sprintf("KUMA_API_SERVER_HTTPS_PORT=%d", cfg.APIServer.HTTPS.Port),
 			fmt.Sprintf("KUMA_DP_SERVER_PORT=%d", cfg.DPServer.Port), fmt.Sprintf("KUMA_DIAGNOSTICS_SERVER_PORT=%d", cfg.Diagnostics.ServerPort),
+			fmt.Sprintf("KUMA_MONITORING_ASSIGNMENT_SERVER_PORT=%d", cfg.MonitoringAssignmentServer.Port),
 		}
 		if err := c.Start(); err != nil {
 			t.Fatal(err)

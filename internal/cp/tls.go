@@ -46,6 +46,7 @@ func (c *Config) tlsServers() []tlsServer {
 		{"KUMA_DP_SERVER", c.DPServer.ServerTLS},
 		{"KUMA_API_SERVER_HTTPS", c.APIServer.HTTPS.ServerTLS},
 		{"KUMA_DIAGNOSTICS", c.Diagnostics.ServerTLS},
+		{madsEnv, c.MonitoringAssignmentServer.ServerTLS},
 		{"KUMA_MULTIZONE_GLOBAL_KDS", c.Multizone.Global.KDS.ServerTLS},
 		{"KUMA_INTER_CP_SERVER", c.InterCP.Server.ServerTLS},
 	}

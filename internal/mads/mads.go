@@ -48,6 +48,10 @@ type Config struct {
 const (
 	// maxTimeout bounds how long any request waits.
 	maxTimeout = 10 * time.Minute
+	// readTimeout bounds how long a request's body may take, and writeTimeout an
+	// answer.
+	readTimeout  = 10 * time.Second
+	writeTimeout = time.Minute
 	// maxRequest bounds a request's body, in bytes.
 	maxRequest = 1 << 20
 )
@@ -102,6 +106,9 @@ type request struct {
 // ServeHTTP answers one request. Whatever else stands in its path than Path is
 // not found.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	// Of a connection that is used again, the deadline of the last answer.
+	deadlines := http.NewResponseController(w)
+	_ = deadlines.SetWriteDeadline(time.Now().Add(writeTimeout))
 	if r.URL.Path != Path {
 		plain(w, http.StatusNotFound, "404: Page Not Found")
 		return
@@ -115,6 +122,8 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		plain(w, http.StatusUnsupportedMediaType, "415: Unsupported Media Type")
 		return
 	}
+	// No deadline of the server's own may be in the way of a request that waits.
+	_ = deadlines.SetReadDeadline(time.Now().Add(readTimeout))
 	timeout := s.cfg.Timeout
 	if t := r.URL.Query().Get("fetch-timeout"); t != "" {
 		var err error
@@ -128,6 +137,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	var q request
 	raw, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxRequest))
+	_ = deadlines.SetReadDeadline(time.Time{})
 	if err == nil {
 		err = json.Unmarshal(raw, &q)
 	}
@@ -139,7 +149,9 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if has == "" {
 		has = q.VersionInfo2
 	}
-	p := s.wait(r, q.Node.ID, has, min(timeout, maxTimeout))
+	timeout = min(timeout, maxTimeout)
+	_ = deadlines.SetWriteDeadline(time.Now().Add(timeout + writeTimeout))
+	p := s.wait(r, q.Node.ID, has, timeout)
 	if p == nil {
 		w.WriteHeader(http.StatusNotModified)
 		return

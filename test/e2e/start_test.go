@@ -237,12 +237,13 @@ func TestServiceWithoutEndpoints(t *testing.T) {
 func TestSecondControlPlaneOnOneStore(t *testing.T) {
 	r := open(t)
 	cp := r.controlPlane()
-	ports, err := r.Ports(4)
+	ports, err := r.Ports(5)
 	r.must(err)
 	p, err := r.Start("second", []string{
 		"KUMA_GENERAL_WORK_DIR=" + cp.WorkDir,
 		fmt.Sprint("KUMA_API_SERVER_HTTP_PORT=", ports[0]), fmt.Sprint("KUMA_API_SERVER_HTTPS_PORT=", ports[1]),
 		fmt.Sprint("KUMA_DP_SERVER_PORT=", ports[2]), fmt.Sprint("KUMA_DIAGNOSTICS_SERVER_PORT=", ports[3]),
+		fmt.Sprint("KUMA_MONITORING_ASSIGNMENT_SERVER_PORT=", ports[4]),
 	}, filepath.Join(r.Bin, "kuma-cp"), "run")
 	r.must(err)
 	select {

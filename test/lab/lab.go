@@ -213,7 +213,7 @@ func (l *Lab) Close() {
 // ControlPlane is a kuma-cp and how to reach it.
 type ControlPlane struct {
 	*Process
-	HTTP, HTTPS, DP, Diagnostics int
+	HTTP, HTTPS, DP, Diagnostics, MADS int
 	// WorkDir is its work directory; CA is the certificate to verify it by.
 	WorkDir, CA string
 
@@ -224,17 +224,18 @@ type ControlPlane struct {
 // ControlPlane starts a kuma-cp on ports of its own and waits until it is
 // ready.
 func (l *Lab) ControlPlane(ctx context.Context, env ...string) (*ControlPlane, error) {
-	ports, err := l.Ports(4)
+	ports, err := l.Ports(5)
 	if err != nil {
 		return nil, err
 	}
-	c := &ControlPlane{HTTP: ports[0], HTTPS: ports[1], DP: ports[2], Diagnostics: ports[3], WorkDir: filepath.Join(l.Dir, "cp"), lab: l}
+	c := &ControlPlane{HTTP: ports[0], HTTPS: ports[1], DP: ports[2], Diagnostics: ports[3], MADS: ports[4], WorkDir: filepath.Join(l.Dir, "cp"), lab: l}
 	c.CA = filepath.Join(c.WorkDir, "kuma-cp.crt")
 	c.env = append([]string{
 		"KUMA_GENERAL_WORK_DIR=" + c.WorkDir,
 		fmt.Sprint("KUMA_API_SERVER_HTTP_PORT=", c.HTTP), "KUMA_API_SERVER_HTTP_INTERFACE=127.0.0.1",
 		fmt.Sprint("KUMA_API_SERVER_HTTPS_PORT=", c.HTTPS), "KUMA_API_SERVER_HTTPS_INTERFACE=127.0.0.1",
 		fmt.Sprint("KUMA_DP_SERVER_PORT=", c.DP), fmt.Sprint("KUMA_DIAGNOSTICS_SERVER_PORT=", c.Diagnostics),
+		fmt.Sprint("KUMA_MONITORING_ASSIGNMENT_SERVER_PORT=", c.MADS),
 	}, env...)
 	return c, c.Start(ctx)
 }
