@@ -186,6 +186,17 @@ func (s *Server) answer(ctx context.Context, host string, body []byte) (*Respons
 	if n := dp.Spec.Networking; n != nil {
 		res.Configuration.Networking.Address = n.Address
 	}
+	m, err := s.cfg.Store.Get(ctx, mesh.Meshes.Key("", req.Mesh))
+	if err != nil && !errs.Is(err, errs.NotFound) {
+		return nil, err
+	}
+	if m != nil {
+		if e, ok := mesh.Meshes.From(m).Spec.MetricsOf(dp.Spec); ok {
+			for _, a := range e.Aggregate {
+				res.Configuration.Metrics.Aggregate = append(res.Configuration.Metrics.Aggregate, Aggregate{a.Name, a.Address, a.Port, a.Path})
+			}
+		}
+	}
 	return res, nil
 }
 

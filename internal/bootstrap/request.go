@@ -50,8 +50,18 @@ type Configuration struct {
 		Address          string `json:"address"`
 	} `json:"networking"`
 	Metrics struct {
-		Aggregate []struct{} `json:"aggregate"`
+		Aggregate []Aggregate `json:"aggregate"`
 	} `json:"metrics"`
+}
+
+// Aggregate is an endpoint of the workload whose metrics kuma-dp serves with the
+// proxy's, because Mesh.metrics says so.
+type Aggregate struct {
+	Name string `json:"name"`
+	// Address may be empty: then it is at the proxy's own.
+	Address string `json:"address"`
+	Port    uint32 `json:"port"`
+	Path    string `json:"path"`
 }
 
 // FeatureLink is announced by a kuma-dp that opens a link and keeps its own
