@@ -95,6 +95,9 @@ const (
 	// ViewTLS shows who is connected, from where, and how well that is guarded;
 	// it is for those who may see secrets.
 	ViewTLS
+	// RotateAuthority shows and replaces the control plane's own authority; it is
+	// for those who may write secrets.
+	RotateAuthority
 )
 
 // Access answers who may do what. It never changes.
@@ -171,6 +174,8 @@ func (a *Access) Do(c Caller, action Action) error {
 		r = rule{a.lists.ControlPlaneMetadata, "control-plane metadata"}
 	case ViewTLS:
 		r = rule{a.lists.AdminResources, "the TLS report"}
+	case RotateAuthority:
+		r = rule{a.lists.AdminResources, "the control plane's authority"}
 	case ViewKinds:
 		r = rule{Principals{Groups: []string{AuthenticatedGroup, AnonymousGroup}}, "the API's description"}
 	}

@@ -68,6 +68,10 @@ type General struct {
 	// TLSCipherSuites lists Go's names of suites for TLS 1.2; empty means Go's
 	// own choice.
 	TLSCipherSuites []string `json:"tlsCipherSuites"`
+	// TLSCAStore is where the authority is kept that signs the control plane's own
+	// certificate (ours): "file", the work directory, or "store", which all
+	// control planes on one store share.
+	TLSCAStore string `json:"tlsCaStore"`
 	// TLSReloadInterval is how often certificate files are looked at for changes
 	// (ours).
 	TLSReloadInterval time.Duration `json:"tlsReloadInterval"`
@@ -324,7 +328,7 @@ type IPAM struct {
 func Default() Config {
 	return Config{
 		General: General{
-			TLSMinVersion: "TLSv1_2", TLSCipherSuites: []string{}, TLSReloadInterval: pki.DefaultReload,
+			TLSMinVersion: "TLSv1_2", TLSCipherSuites: []string{}, TLSReloadInterval: pki.DefaultReload, TLSCAStore: caInFile,
 			CertGenerationBaseBackoff: 5 * time.Second, CertGenerationMaxBackoff: 5 * time.Minute,
 		},
 		Environment: "universal",

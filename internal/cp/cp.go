@@ -54,6 +54,7 @@ type ControlPlane struct {
 	store   store.Store
 	close   func() error
 	certs   *pki.ControlPlane
+	rotator *pki.Rotator
 	tracker *state.Tracker
 	keeper  *upkeep.Keeper
 
@@ -132,7 +133,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	if err := c.openFiles(); err != nil {
 		return nil, err
 	}
-	c.certs, err = pki.OpenControlPlane(pki.ControlPlaneConfig{Dir: dir, CertFile: cfg.General.TLSCertFile, KeyFile: cfg.General.TLSKeyFile, Hostnames: cfg.advertised()})
+	c.certs, err = pki.OpenControlPlane(pki.ControlPlaneConfig{Dir: dir, CertFile: cfg.General.TLSCertFile, KeyFile: cfg.General.TLSKeyFile, Hostnames: cfg.advertised(), Vault: c.authorityVault()})
 	if err != nil {
 		return nil, err
 	}
@@ -206,24 +207,26 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 		Health:    healthChecks(cfg.DPServer.HDS),
 		RetryBase: cfg.General.CertGenerationBaseBackoff, RetryMax: cfg.General.CertGenerationMaxBackoff, Log: log.With("logger", "xds"),
 	})
+	shown, err := c.certificateOf("KUMA_DP_SERVER", cfg.DPServer.ServerTLS)
+	if err != nil {
+		return nil, err
+	}
 	links := link.New(link.Config{
-		Tracker: c.tracker, Sessions: c.sessions, Issuer: issuer, Insights: c.insights, Instance: instance,
+		Trust: c.trust(shown), Tracker: c.tracker, Sessions: c.sessions, Issuer: issuer, Insights: c.insights, Instance: instance,
 		RetryBase: cfg.General.CertGenerationBaseBackoff, RetryMax: cfg.General.CertGenerationMaxBackoff, Log: log.With("logger", "link"),
 	})
 	counted.zoned.MustRegister(ads.Stats(), links.Stats(), issuer.Metrics(), c.sessions.Metrics(), c.tracker.Metrics(), c.keeper.Metrics())
+	c.rotator = c.newRotator(shown, instance, log.With("logger", "rotation"))
+	c.expiring = append(c.expiring, c.certs.Expiries)
 	c.grpc = grpc.NewServer(xds.ServerOptions()...)
 	ads.Register(c.grpc)
 	links.Register(c.grpc)
 
 	// The proxies' port.
-	dpCert, err := c.certificateOf("KUMA_DP_SERVER", cfg.DPServer.ServerTLS)
-	if err != nil {
+	if err := cfg.checkXDSHost(shown); err != nil {
 		return nil, err
 	}
-	if err := cfg.checkXDSHost(dpCert); err != nil {
-		return nil, err
-	}
-	dpTLS, err := cfg.General.tlsOf("KUMA_DP_SERVER", cfg.DPServer.ServerTLS, dpCert, nil)
+	dpTLS, err := cfg.General.tlsOf("KUMA_DP_SERVER", cfg.DPServer.ServerTLS, shown, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -239,14 +242,14 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	boot := cfg.BootstrapServer.Params
 	mux := http.NewServeMux()
 	mux.Handle("/bootstrap", bootstrap.New(bootstrap.Config{
-		Store: c.store, Credentials: bootstrapCredentials{checker}, CA: dpCert.CA, Hosts: dpCert.SANs,
+		Store: c.store, Credentials: bootstrapCredentials{checker}, CA: shown.CA, Hosts: shown.SANs,
 		XDSHost: boot.XDSHost, XDSPort: boot.XDSPort, Port: cfg.DPServer.Port,
 		AdminAddress: boot.AdminAddress, AdminPort: boot.AdminPort, AdminUnixSocket: boot.EnvoyAdminUnixSocket, AdminAccessLogPath: boot.AdminAccessLogPath,
 		ReadinessPort: boot.ReadinessPort, ConnectTimeout: boot.XDSConnectTimeout, HDS: cfg.DPServer.HDS.Enabled,
 		Lenient: !cfg.APIServer.Strict, Log: log.With("logger", "bootstrap"),
 	}))
 	front := &bootstrapFront{
-		next: c.whenReady(mux), hosts: dpCert.SANs, ca: dpCert.CA, names: []string{boot.XDSHost, cfg.General.AdvertisedHostname}, port: cfg.DPServer.Port,
+		next: c.whenReady(mux), hosts: shown.SANs, ca: shown.CA, names: []string{boot.XDSHost, cfg.General.AdvertisedHostname}, port: cfg.DPServer.Port,
 		used: once{log: log.With("logger", "bootstrap")},
 	}
 	c.bootstrap = &http.Server{
@@ -267,6 +270,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 		Lenient: !cfg.APIServer.Strict, ReadOnly: cfg.APIServer.ReadOnly, BasePath: cfg.APIServer.BasePath,
 		CORSAllowedDomains: cfg.APIServer.CORSAllowedDomains, Log: log.With("logger", "rest"),
 		Bootstrap: front, Elsewhere: c.elsewhere, Catalog: c.catalog(),
+		Rotator:     rotation{c.rotator, dir},
 		TLSReporter: c.reporter(instance, inspector{links, c.channel}),
 		Called: func(r *http.Request, who auth.Caller) {
 			noteCaller(cfg.APIServer.Authn.Type == auth.AdminClientCerts, r, who)
@@ -487,6 +491,8 @@ func (c *ControlPlane) Run(ctx context.Context) error {
 	part("sessions", c.sessions.Run)
 	part("insights", c.insights.Run)
 	part("admin channel", c.channel.Run)
+	part("rotation", c.rotator.Run)
+	part("shared authority", c.followAuthority)
 	part("certificates", func(ctx context.Context) error {
 		return c.certs.Run(ctx, func(err error) { c.log.Error("renew the control plane's certificate", "error", err) })
 	})

@@ -72,6 +72,9 @@ func (c *Config) checkTLS() error {
 			add(s.env+"_TLS_CERT_FILE", "is missing, but %s_TLS_KEY_FILE is set: a key needs its certificate; set both, or none", s.env)
 		}
 	}
+	if at := c.General.TLSCAStore; at != caInFile && at != caInStore {
+		add("KUMA_GENERAL_TLS_CA_STORE", "%q is not known; use %q (the work directory) or %q (shared by all control planes on one store)", at, caInFile, caInStore)
+	}
 	if c.General.TLSReloadInterval <= 0 {
 		add("KUMA_GENERAL_TLS_RELOAD_INTERVAL", "must be positive, such as 1s")
 	}

@@ -499,13 +499,12 @@ func (cp *ControlPlane) SANs() []string { return sans(cp.cert.Load().Leaf) }
 func (cp *ControlPlane) Expires() time.Time { return cp.cert.Load().Leaf.NotAfter }
 
 // Expiries lists the authority, while it is rotated the next one as well, and
-// the server's certificate.
+// the server's certificate; nothing where they are the user's.
 func (cp *ControlPlane) Expiries() []Expiry {
-	leaf := cp.cert.Load().Leaf
 	if cp.vault == nil {
-		return []Expiry{{Name: "general", File: cp.config.CertFile, Subject: named(leaf), NotAfter: leaf.NotAfter}}
+		return nil // whoever watches the user's files lists them
 	}
-	s := cp.view.Load().state
+	leaf, s := cp.cert.Load().Leaf, cp.view.Load().state
 	file := ""
 	if cp.config.Vault == nil {
 		file = cp.path(CAFile)

@@ -195,14 +195,13 @@ func (r *Rotator) own() error {
 	if r.cfg.Certs.vault != nil {
 		return nil
 	}
-	return errs.New(errs.NotAllowed, "there is nothing to rotate: the control plane shows the certificate of KUMA_GENERAL_TLS_CERT_FILE (%s), which you replace by putting another file there; unset it and KUMA_GENERAL_TLS_KEY_FILE to have an authority of the control plane's own", r.cfg.Certs.config.CertFile)
+	return errs.New(errs.Conflict, "there is nothing to rotate: the control plane shows the certificate of KUMA_GENERAL_TLS_CERT_FILE (%s), which you replace by putting another file there; unset it and KUMA_GENERAL_TLS_KEY_FILE to have an authority of the control plane's own", r.cfg.Certs.config.CertFile)
 }
 
-// Do carries an order out. Errors: NotAllowed where there is nothing to rotate,
-// Invalid for an unknown order, Conflict where it is not this one's turn or
-// proxies would lose their trust; the proxies are named then. Force does the
-// latter all the same: these proxies can't connect anew until they are given
-// the new authority.
+// Do carries an order out. Errors: Invalid for an unknown order; Conflict where
+// there is nothing to rotate, where it is not this one's turn, or where proxies
+// would lose their trust, which are named then. Force does the latter all the
+// same: these proxies can't connect anew until they are given the new authority.
 func (r *Rotator) Do(order Order, force bool) error {
 	return r.do(order, force, false)
 }

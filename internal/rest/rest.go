@@ -136,6 +136,8 @@ type Config struct {
 	// Catalog is what GET /catalog answers to kumactl of Kuma 0.7; nil means
 	// that there is no such route.
 	Catalog json.RawMessage
+	// Rotator may be nil: its routes then answer 503.
+	Rotator Rotator
 	// TLSReporter may be nil: its route then answers 503.
 	TLSReporter TLSReporter
 	// Called is told of each caller who was authenticated, before the request is
@@ -245,6 +247,7 @@ func New(c Config) (*Server, error) {
 	s.legacy()
 	s.inspect()
 	s.tlsReport()
+	s.ca()
 	s.gui()
 	s.mount()
 	return s, nil

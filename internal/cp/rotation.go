@@ -1,0 +1,194 @@
+package cp
+
+import (
+	"context"
+	"log/slog"
+	"path/filepath"
+	"strconv"
+
+	"kuma/internal/errs"
+	"kuma/internal/link"
+	"kuma/internal/mesh"
+	"kuma/internal/pki"
+	"kuma/internal/rest"
+	"kuma/internal/session"
+	"kuma/internal/state"
+	"kuma/internal/store"
+)
+
+// Values of General.TLSCAStore.
+const (
+	caInFile  = "file"
+	caInStore = "store"
+)
+
+// caSecret is the GlobalSecret in which control planes that share a store keep
+// their own authority (KUMA_GENERAL_TLS_CA_STORE=store).
+const caSecret = "control-plane-ca"
+
+// caVault keeps the authority in the store.
+type caVault struct{ store store.Store }
+
+// Load returns the secret's bytes.
+func (v caVault) Load(ctx context.Context) ([]byte, uint64, error) {
+	r, err := v.store.Get(ctx, mesh.GlobalSecrets.Key("", caSecret))
+	if errs.Is(err, errs.NotFound) {
+		return nil, 0, nil
+	}
+	if err != nil {
+		return nil, 0, err
+	}
+	return mesh.GlobalSecrets.From(r).Spec.Data, r.Version, nil
+}
+
+// Save replaces them, unless another was quicker.
+func (v caVault) Save(ctx context.Context, text []byte, version uint64) (uint64, error) {
+	at := store.Condition{Absent: version == 0, Version: version}
+	r := mesh.GlobalSecrets.Make("", caSecret, &mesh.SecretSpec{Data: text})
+	return v.store.Put(ctx, store.Write{Key: r.Key(), Resource: r, If: at})
+}
+
+// authorityVault is where the control plane's authority is kept; nil means in
+// the work directory.
+func (c *ControlPlane) authorityVault() pki.Vault {
+	if c.cfg.General.TLSCAStore != caInStore {
+		return nil
+	}
+	if c.cfg.Store.Type == "memory" {
+		c.log.Warn("the control plane's authority is kept in a store that forgets it at the end, and clients with it: KUMA_GENERAL_TLS_CA_STORE=file keeps it in the work directory")
+	}
+	return caVault{c.store}
+}
+
+// followAuthority takes over what another control plane makes of the shared
+// authority, as the picture shows it.
+func (c *ControlPlane) followAuthority(ctx context.Context) error {
+	if c.cfg.General.TLSCAStore != caInStore || c.cfg.General.TLSCertFile != "" {
+		<-ctx.Done()
+		return nil
+	}
+	changed, stop := c.tracker.Subscribe()
+	defer stop()
+	var seen *uint64
+	for {
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil
+		}
+		var now uint64
+		if r := c.tracker.Now().Get(mesh.GlobalSecrets.Key("", caSecret)); r != nil {
+			now = r.Version
+		}
+		if seen != nil && *seen == now {
+			continue
+		}
+		if err := c.certs.Refresh(); err != nil {
+			c.log.Error("the control plane's authority in the store can't be taken over; the one before goes on", "secret", caSecret, "error", err)
+			continue
+		}
+		seen = &now
+	}
+}
+
+// trust is what proxies are told of the control plane's authority; nil where the
+// server that they connect to shows a certificate of another.
+func (c *ControlPlane) trust(shown certificate) link.Trust {
+	if own, ok := shown.(*pki.ControlPlane); ok && c.cfg.General.TLSCertFile == "" {
+		return own
+	}
+	return nil
+}
+
+// recipients are the proxies that a rotation concerns.
+type recipients struct {
+	sessions *session.Registry
+	tracker  *state.Tracker
+	// instance is this control plane's; others counts what is connected to other
+	// ones.
+	instance string
+	others   bool
+}
+
+func (r recipients) list() []pki.Recipient {
+	var out []pki.Recipient
+	for _, i := range r.sessions.List() {
+		p := pki.Recipient{Mesh: i.Key.Mesh, Name: i.Key.Name, Link: i.Linked, Revision: i.Trust.Revision, Why: i.Trust.Error}
+		switch {
+		case i.Trust.Error != "":
+			p.Revision = 0
+		case i.Linked && !i.Link:
+			p.Why = "its link is down"
+		}
+		out = append(out, p)
+	}
+	if !r.others {
+		return out
+	}
+	pic := r.tracker.Now()
+	for _, name := range pic.Meshes() {
+		for _, res := range pic.Mesh(name).List(mesh.DataplaneInsights.Name) {
+			insight := mesh.DataplaneInsights.From(res).Spec
+			n := len(insight.Subscriptions)
+			if _, here := r.sessions.Find(session.Key{Mesh: name, Name: res.Name}); here || n == 0 || !insight.Online() {
+				continue
+			}
+			if by := insight.Subscriptions[n-1].ControlPlaneInstanceID; by != r.instance {
+				out = append(out, pki.Recipient{Mesh: name, Name: res.Name, Why: "it is connected to the control plane " + by + ", which alone knows what it has acknowledged"})
+			}
+		}
+	}
+	return out
+}
+
+// newRotator makes what rotates the control plane's own authority. Where proxies
+// verify the control plane by another one, none of them is concerned.
+func (c *ControlPlane) newRotator(shown certificate, instance string, log *slog.Logger) *pki.Rotator {
+	cfg := pki.RotatorConfig{Certs: c.certs, Log: log}
+	if c.trust(shown) != nil {
+		cfg.Recipients = recipients{c.sessions, c.tracker, instance, c.cfg.General.TLSCAStore == caInStore}.list
+	}
+	return pki.NewRotator(cfg)
+}
+
+// rotation answers the API about the control plane's own authority.
+type rotation struct {
+	rotator *pki.Rotator
+	dir     string
+}
+
+// RotationStatus says where the rotation is.
+func (r rotation) RotationStatus(context.Context) (rest.Rotation, error) {
+	s, err := r.rotator.Status()
+	if err != nil {
+		return rest.Rotation{}, err
+	}
+	out := rest.Rotation{
+		Step: string(s.Step), Since: s.Since.UTC(), Next: string(s.Next), Automatic: s.Automatic, File: filepath.Join(r.dir, pki.CAFile),
+		Revision: strconv.FormatInt(s.Revision, 10), Acknowledged: rotationProxies(s.Acknowledged), Pending: rotationProxies(s.Pending),
+	}
+	if !s.RetireAfter.IsZero() {
+		at := s.RetireAfter.UTC()
+		out.RetireAfter = &at
+	}
+	for _, a := range s.Anchors {
+		out.Anchors = append(out.Anchors, rest.RotationAnchor{Role: a.Role, Subject: a.Subject, Serial: a.Serial, NotBefore: a.NotBefore.UTC(), NotAfter: a.NotAfter.UTC()})
+	}
+	return out, nil
+}
+
+func rotationProxies(list []pki.Recipient) []rest.RotationProxy {
+	out := make([]rest.RotationProxy, 0, len(list))
+	for _, p := range list {
+		out = append(out, rest.RotationProxy{Mesh: p.Mesh, Name: p.Name, Link: p.Link, Reason: p.Why})
+	}
+	return out
+}
+
+// Rotate takes a step.
+func (r rotation) Rotate(ctx context.Context, step string, force bool) (rest.Rotation, error) {
+	if err := r.rotator.Do(pki.Order(step), force); err != nil {
+		return rest.Rotation{}, err
+	}
+	return r.RotationStatus(ctx)
+}
