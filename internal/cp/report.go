@@ -351,7 +351,7 @@ func (r *reporter) envoys(ctx context.Context, found findings, pic *state.Pictur
 	for _, e := range list {
 		about := e.Mesh + "/" + e.Proxy
 		if e.Error != "" {
-			found.add(rest.SeverityNote, "the proxy could not be asked for its connections", about, "see the report's entry for the reason")
+			found.add(rest.SeverityNote, "the proxy could not be asked for its connections", about, "the report has the reason (kumactl tls report -o yaml)")
 		}
 		for v := range e.Versions {
 			if v != "TLSv1.3" {

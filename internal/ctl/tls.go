@@ -150,10 +150,10 @@ func (a *app) tlsTables(r *tlsReport) error {
 		if s.TLS {
 			protocol = s.MinVersion + " and newer"
 		}
-		rows = append(rows, []string{s.Name, s.Address, protocol, dash(s.ClientCertificates), s.Certificate.subject(), s.Certificate.end(now)})
+		rows = append(rows, []string{s.Name, s.Address, protocol, dash(s.ClientCertificates), s.Certificate.subject(), s.Certificate.issuer(), s.Certificate.end(now)})
 	}
 	if err := table("Servers of "+printable(r.Instance)+" (store: "+printable(r.Store)+", not reached over a network)", 0,
-		[]string{"NAME", "ADDRESS", "PROTOCOL", "CLIENT CERTIFICATES", "CERTIFICATE", "ENDS"}, rows); err != nil {
+		[]string{"NAME", "ADDRESS", "PROTOCOL", "CLIENT CERTIFICATES", "CERTIFICATE", "ISSUER", "ENDS"}, rows); err != nil {
 		return err
 	}
 	rows = nil
@@ -182,7 +182,7 @@ func (a *app) tlsTables(r *tlsReport) error {
 	for _, e := range r.Envoys {
 		row := []string{e.Mesh + "/" + e.Proxy, counts(e.Versions), counts(e.Groups), counts(e.Ciphers), e.Certificate.subject(), e.Certificate.end(now), e.VerifiedBy}
 		if e.Error != "" {
-			row[1], row[2], row[3] = "not known: "+e.Error, "-", "-"
+			row[1], row[2], row[3] = "not known", "not known", "not known"
 		}
 		rows = append(rows, row)
 	}
@@ -220,6 +220,13 @@ func (c *tlsCertificate) subject() string {
 		return "-"
 	}
 	return dash(c.Subject)
+}
+
+func (c *tlsCertificate) issuer() string {
+	if c == nil {
+		return "-"
+	}
+	return dash(c.Issuer)
 }
 
 // end is when a certificate ends, with how long that is from now.
