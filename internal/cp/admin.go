@@ -140,8 +140,11 @@ func (c *adminChannel) authority(pic *state.Picture) (*pki.AdminCA, error) {
 // of is what a proxy's configuration says about the channel; nil for a proxy
 // with a link.
 func (c *adminChannel) of(pic *state.Picture, n *session.Node) *proxy.Admin {
+	if n.Link {
+		return nil
+	}
 	d, ok := dataplaneOf(pic, n.Key)
-	if n.Link || !ok {
+	if !ok {
 		return nil
 	}
 	a := &proxy.Admin{
@@ -184,6 +187,7 @@ func (c *adminChannel) cert(ca *pki.AdminCA, key session.Key, address string) (a
 	}
 	cert := adminCert{by: c.ca.hash, address: address, chain: made.Chain, key: private, from: made.NotBefore, due: pki.RenewAt(made.NotBefore, made.NotAfter, rand.Float64())}
 	c.certs[key] = cert
+	c.log.Warn("a private key for an admin listener was made by the control plane and is sent over ADS, since this proxy has no link", "mesh", key.Mesh, "name", key.Name, "expires", made.NotAfter.UTC())
 	return cert, nil
 }
 

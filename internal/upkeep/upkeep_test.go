@@ -12,6 +12,7 @@ import (
 
 	"kuma/internal/errs"
 	"kuma/internal/mesh"
+	"kuma/internal/pki"
 	"kuma/internal/resource"
 	"kuma/internal/state"
 	"kuma/internal/store"
@@ -87,6 +88,40 @@ func TestFirstStartAndLaterOnes(t *testing.T) {
 	}
 	if !strings.Contains(after, "user-token-signing-key-1") {
 		t.Error("there is no key for users' tokens")
+	}
+}
+
+// TestAdminAuthorityIsKept: the authority of the admin listeners is made where
+// there is none, and never replaced, whoever made it.
+func TestAdminAuthorityIsKept(t *testing.T) {
+	s := memstore.New()
+	key := mesh.GlobalSecrets.Key("", mesh.EnvoyAdminCA)
+	if _, err := s.Put(t.Context(), store.Create(mesh.GlobalSecrets.Make("", key.Name, &mesh.SecretSpec{Data: []byte("the original's")}))); err != nil {
+		t.Fatal(err)
+	}
+	data := func() []byte {
+		t.Helper()
+		if err := keeper(s, nil).Prepare(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		r, err := s.Get(t.Context(), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return mesh.GlobalSecrets.From(r).Spec.Data
+	}
+	if got := data(); string(got) != "the original's" {
+		t.Errorf("it became %d bytes", len(got))
+	}
+	if _, err := s.Put(t.Context(), store.Remove(key)); err != nil {
+		t.Fatal(err)
+	}
+	made := data()
+	if _, err := pki.OpenAdminCA(made); err != nil {
+		t.Errorf("what was made can't be used: %v", err)
+	}
+	if again := data(); string(again) != string(made) {
+		t.Error("it was made again")
 	}
 }
 
