@@ -12,13 +12,13 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"slices"
 	"strings"
 	"syscall"
 	"time"
 
 	"kuma/internal/conf"
 	"kuma/internal/errs"
+	"kuma/internal/pki"
 )
 
 const (
@@ -290,9 +290,9 @@ func (c *client) unreachable(err error) error {
 	case errors.Is(err, syscall.ECONNREFUSED):
 		u.mend = "\n  is it running? kumactl config control-planes list shows the address in use"
 	case isTrust(err) && c.caFile == "":
-		u.mend = seen(err) + "\n  name the CA that signed its certificate: kumactl config control-planes add --ca-cert-file FILE --overwrite …"
+		u.mend = "\n  " + pki.DescribeVerify(err, c.base.Hostname(), "the system's authorities") + "\n  name the CA that signed its certificate: kumactl config control-planes add --ca-cert-file FILE --overwrite …"
 	case isTrust(err):
-		u.mend = seen(err) + "\n  " + c.caFile + " is not the CA that signed its certificate, or the address is not in that certificate"
+		u.mend = "\n  " + pki.DescribeVerify(err, c.base.Hostname(), c.caFile) + "\n  " + c.caFile + " is not the CA that signed its certificate, or the address is not in that certificate"
 	case strings.Contains(err.Error(), "remote error: tls: certificate required"):
 		u.mend = "\n  it wants a client certificate: kumactl config control-planes add --client-cert-file FILE --client-key-file FILE --overwrite …"
 	case c.certFile != "" && strings.Contains(err.Error(), "remote error: tls: "):
@@ -311,25 +311,6 @@ func (c *client) unreachable(err error) error {
 func isTrust(err error) bool {
 	_, ok := errors.AsType[*tls.CertificateVerificationError](err)
 	return ok
-}
-
-// seen says which certificate was refused.
-func seen(err error) string {
-	e, ok := errors.AsType[*tls.CertificateVerificationError](err)
-	if !ok || len(e.UnverifiedCertificates) == 0 {
-		return ""
-	}
-	leaf := e.UnverifiedCertificates[0]
-	names := slices.Clone(leaf.DNSNames)
-	for _, ip := range leaf.IPAddresses {
-		names = append(names, ip.String())
-	}
-	const most = 10
-	if len(names) > most {
-		names = append(names[:most], "…")
-	}
-	return fmt.Sprintf("\n  the certificate seen is of %q, issued by %q, for %s, until %s",
-		leaf.Subject, leaf.Issuer, strings.Join(names, ", "), leaf.NotAfter.UTC().Format(time.RFC3339))
 }
 
 // An index is the answer of GET /.

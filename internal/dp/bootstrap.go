@@ -120,7 +120,7 @@ type bootstrapAnswer struct {
 }
 
 // fetch asks for Envoy's first configuration once.
-func fetch(ctx context.Context, client *http.Client, cp string, body []byte) (*bootstrapAnswer, error) {
+func fetch(ctx context.Context, client *http.Client, t *trust, cp string, body []byte) (*bootstrapAnswer, error) {
 	ctx, cancel := context.WithTimeout(ctx, bootstrapTimeout)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, strings.TrimSuffix(cp, "/")+"/bootstrap", bytes.NewReader(body))
@@ -133,7 +133,7 @@ func fetch(ctx context.Context, client *http.Client, cp string, body []byte) (*b
 	if err != nil {
 		err = errs.New(errs.Unavailable, "request to bootstrap server failed: %w", err)
 		if mend := verification(err); mend != "" {
-			return nil, lasting{fmt.Errorf("%w; %s", err, mend)}
+			return nil, lasting{fmt.Errorf("%w; %s", t.tell(err, req.URL.Hostname()), mend)}
 		}
 		return nil, err
 	}
@@ -233,7 +233,7 @@ func bootstrap(ctx context.Context, cfg *Config, t *trust, r *bootstrapRequest) 
 	deadline := time.Now().Add(cfg.ControlPlane.RetryMaxDuration)
 	said := changes{log: cfg.Log}
 	for {
-		out, err := fetch(ctx, client, cfg.ControlPlane.URL, body)
+		out, err := fetch(ctx, client, t, cfg.ControlPlane.URL, body)
 		if err == nil {
 			return out, nil
 		}

@@ -47,6 +47,7 @@ func Run(ctx context.Context, cfg Config, b Build, pod string) error {
 	if err != nil {
 		return err
 	}
+	believed.source = cfg.caSource()
 	if cfg.ControlPlane.SkipVerify {
 		log.Warn("the control plane's certificate is not verified: whoever answers at its address can take this proxy over; remove --skip-verify")
 	}

@@ -311,14 +311,14 @@ func TestFailuresAtStart(t *testing.T) {
 		change func(*Config)
 		want   []string
 	}{
-		{"another authority", fine, func(c *Config) { c.ControlPlane.CACert = string(other.pem) }, []string{"Failed to fetch Envoy bootstrap config. ", "tls: failed to verify certificate", "--ca-cert-file"}},
+		{"another authority", fine, func(c *Config) { c.ControlPlane.CACert = string(other.pem) }, []string{"Failed to fetch Envoy bootstrap config. ", "tls: failed to verify certificate", "--ca-cert-file", `asked for as "127.0.0.1" and verified by the authority given as text`, `issued by "CN=test authority"`}},
 		{"no authority", fine, func(c *Config) { c.ControlPlane.CACert = "" }, []string{"x509: certificate signed by unknown authority", "--ca-cert-file"}},
 		{"name not in certificate", fine, func(c *Config) {
 			c.ControlPlane.URL = strings.Replace(c.ControlPlane.URL, "127.0.0.1", "localhost", 1)
 		}, []string{"x509: certificate is not valid for any names, but wanted to match localhost", "by a name that its certificate has"}},
 		{"CA file missing", fine, func(c *Config) { c.ControlPlane.CACert, c.ControlPlane.CACertFile = "", file }, []string{"could not read certificate file " + file + ": open " + file + ": no such file or directory"}},
 		{"CA file is none", fine, func(c *Config) { c.ControlPlane.CACert = "nonsense" }, []string{"there is no certificate in it", "--ca-cert-file"}},
-		{"plain address", fine, func(c *Config) { c.ControlPlane.URL = "http://127.0.0.1:5678" }, []string{"--cp-address", "must start with https://"}},
+		{"plain address", fine, func(c *Config) { c.ControlPlane.URL = "http://192.0.2.1:5678" }, []string{"--cp-address", "must start with https://"}},
 		{"API port", api, nil, []string{"There is no /bootstrap endpoint for provided CP address"}},
 		{"mesh unknown", invalid, nil, []string{`Failed to fetch Envoy bootstrap config. Invalid request: mesh: mesh "nomesh" does not exist`}},
 		{"refused by the link", refused, nil, []string{`the control plane refuses this proxy: the token is for proxy "other"`}},

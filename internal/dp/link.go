@@ -128,7 +128,7 @@ func (l *link) stream(ctx context.Context) (opened bool, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	conn, err := grpc.NewClient(l.target,
-		grpc.WithTransportCredentials(credentials.NewTLS(l.trust.tls())),
+		grpc.WithTransportCredentials(telling{credentials.NewTLS(l.trust.tls()), l.trust}),
 		grpc.WithContextDialer(func(ctx context.Context, at string) (net.Conn, error) {
 			// A control plane that went silent is noticed by the kernel.
 			d := net.Dialer{Timeout: bootstrapTimeout, KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interval: time.Second, Count: 3}}

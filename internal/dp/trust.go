@@ -37,7 +37,9 @@ type trust struct {
 	skip bool
 	// given is what the user gave, as PEM; nil where the system's count.
 	given []byte
-	log   *slog.Logger
+	// source says where that is from, for who reads an error.
+	source string
+	log    *slog.Logger
 
 	mu sync.Mutex
 	// kept is the control plane's own list; revision its name for it.
