@@ -2,23 +2,19 @@ package cp
 
 import (
 	"bufio"
-	"bytes"
 	"cmp"
 	"crypto/x509"
 	"encoding/json"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"kuma/internal/auth"
-	"kuma/internal/errs"
 	"kuma/internal/rest"
 )
 
@@ -174,43 +170,7 @@ func (f *tokenFront) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	f.used.say("POST /tokens on the admin server", "POST /tokens/dataplane on the API server with \"validFor\"; this token lives ten years", r)
 	r = r.Clone(r.Context())
 	r.URL.Path, r.URL.RawPath = "/tokens/dataplane", ""
-	if r.Method == http.MethodPost {
-		r.Body = &mendedBody{ReadCloser: r.Body}
-		r.ContentLength = -1
-	}
 	f.api.ServeHTTP(w, r)
-}
-
-// maxMended bounds what is mended, in bytes; a longer body is too long for a
-// request anyway.
-const maxMended = 64 << 10
-
-// unquoted is the one fault of the request that 0.7's manual prints: the key
-// "tags" lacks its first quote. It was copied from there.
-var unquoted = regexp.MustCompile(`([{,]\s*)tags"(\s*:)`)
-
-// mendedBody is a request's body as the manual of 0.7 meant it: JSON is left
-// as it is, and text that the quote alone keeps from being JSON gets it.
-type mendedBody struct {
-	io.ReadCloser
-	text io.Reader
-}
-
-// Read reads the whole body first.
-func (m *mendedBody) Read(p []byte) (int, error) {
-	if m.text == nil {
-		text, err := io.ReadAll(io.LimitReader(m.ReadCloser, maxMended+1))
-		if err != nil {
-			return 0, err
-		}
-		if !json.Valid(text) && len(text) <= maxMended {
-			if mended := unquoted.ReplaceAll(text, []byte(`${1}"tags"${2}`)); json.Valid(mended) {
-				text = mended
-			}
-		}
-		m.text = bytes.NewReader(text)
-	}
-	return m.text.Read(p)
 }
 
 // openAdmin opens the admin server of 0.7, where it is asked for. Its callers
@@ -287,8 +247,7 @@ func (c *ControlPlane) openAdmin(api rest.Config, users auth.AuthenticatorConfig
 	}
 	log.Warn("the admin server is open to other machines, for those who show a client certificate", "interface", cmp.Or(cfg.Public.Interface, "all"), "port", pp)
 	host := cfg.Public.Interface
-	ip := net.ParseIP(host)
-	if lp == pp && (host == "" || host == "localhost" || ip != nil && (ip.IsUnspecified() || ip.Equal(net.IPv4(127, 0, 0, 1)))) {
+	if lp == pp && (host == "" || host == "0.0.0.0" || host == "::") {
 		l, err := open("KUMA_ADMIN_SERVER_LOCAL_PORT", host, lp)
 		if err != nil {
 			return err
@@ -301,7 +260,16 @@ func (c *ControlPlane) openAdmin(api rest.Config, users auth.AuthenticatorConfig
 	if err != nil {
 		return err
 	}
-	c.http = append(c.http, server{local, l, false})
+	if lp != pp {
+		c.http = append(c.http, server{local, l, false})
+	} else {
+		// The public server is what https:// means at this port, here too.
+		plain, encrypted := share(l)
+		c.http = append(c.http, server{local, plain, false}, server{public, encrypted, true})
+		if host == "127.0.0.1" || host == "localhost" {
+			return nil
+		}
+	}
 	if l, err = open(env+"_PORT", host, pp); err != nil {
 		return err
 	}
@@ -446,12 +414,12 @@ func (c *ControlPlane) catalog() json.RawMessage {
 }
 
 // elsewhere says where a proxy of another machine asks.
-func (c *ControlPlane) elsewhere(r *http.Request) error {
+func (c *ControlPlane) elsewhere(r *http.Request) string {
 	host := r.Host
 	if h, _, err := net.SplitHostPort(host); err == nil {
 		host = h
 	}
-	return errs.New(errs.NotFound, "the API server answers /bootstrap to programs on its own machine only; use https://%s, the control plane's server for proxies, with --ca-cert-file",
+	return fmt.Sprintf("the API server answers /bootstrap to programs on its own machine only; use https://%s, the control plane's server for proxies, with --ca-cert-file",
 		net.JoinHostPort(strings.Trim(host, "[]"), fmt.Sprint(c.cfg.DPServer.Port)))
 }
 

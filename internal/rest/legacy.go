@@ -4,6 +4,7 @@ import (
 	"net/http"
 
 	"kuma/internal/auth"
+	"kuma/internal/errs"
 )
 
 // legacy declares the routes that Kuma 0.7 had on this port.
@@ -13,7 +14,8 @@ func (s *Server) legacy() {
 			if auth.Direct(r) {
 				return nil
 			}
-			return s.cfg.Elsewhere(r)
+			text := s.cfg.Elsewhere(r)
+			return &titled{"There is no bootstrap here", text, errs.New(errs.NotFound, "%s", text)}
 		}}
 		answer := func(w http.ResponseWriter, r *request) error {
 			s.cfg.Bootstrap.ServeHTTP(w, r.Request)

@@ -129,10 +129,10 @@ type Config struct {
 	Inspector Inspector
 	Explainer Explainer
 	// Bootstrap answers /bootstrap as Kuma 0.7 had it on this port, for programs
-	// on this machine; Elsewhere is the error that others get. Nil means that
-	// there is no such route.
+	// on this machine; Elsewhere says to others where to go. Nil means that there
+	// is no such route.
 	Bootstrap http.Handler
-	Elsewhere func(*http.Request) error
+	Elsewhere func(*http.Request) string
 	// Catalog is what GET /catalog answers to kumactl of Kuma 0.7; nil means
 	// that there is no such route.
 	Catalog json.RawMessage
