@@ -125,7 +125,7 @@ func (s *story) ports() error {
 			_ = l.Close()
 		}
 	}()
-	for _, name := range []string{"KUMA_API_SERVER_HTTP_PORT", "KUMA_API_SERVER_HTTPS_PORT", "KUMA_DP_SERVER_PORT", "KUMA_DIAGNOSTICS_SERVER_PORT", "KUMA_MONITORING_ASSIGNMENT_SERVER_PORT"} {
+	for _, name := range []string{"KUMA_API_SERVER_HTTP_PORT", "KUMA_API_SERVER_HTTPS_PORT", "KUMA_DP_SERVER_PORT", "KUMA_DIAGNOSTICS_SERVER_PORT", "KUMA_MONITORING_ASSIGNMENT_SERVER_PORT", "ADMIN_PORT"} {
 		l, err := net.Listen("tcp", ":0")
 		if err != nil {
 			return err
