@@ -78,6 +78,8 @@ func (c *ControlPlane) known(s server) server {
 		d.name = "api-https"
 	case port == c.cfg.Diagnostics.ServerPort:
 		d.name, d.caller, d.mend = "diagnostics", "diagnostics", "KUMA_DIAGNOSTICS_TLS_ENABLED=true; probes and scrapers then need https"
+	case port == c.cfg.MonitoringAssignmentServer.Port:
+		d.name, d.caller, d.mend = "monitoring-assignment-server", "prometheus", madsEnv+"_TLS_ENABLED=true, or "+madsEnv+"_ENABLED=false"
 	case port == admin || port == public:
 		d.name = adminServer
 	}
@@ -147,6 +149,10 @@ func (r *reporter) TLSReport(ctx context.Context, meshName string) (rest.TLSRepo
 	}
 	if r.cfg.DPServer.Authn.DPProxy.Type == auth.ProxyNone {
 		found.add(rest.SeverityCritical, "proxies need no credential: any may claim to be any other", "dp-server", "KUMA_DP_SERVER_AUTHN_DP_PROXY_TYPE=dpToken")
+	}
+	if m := r.cfg.MonitoringAssignmentServer; m.Enabled && !m.RequireClientCert {
+		found.add(rest.SeverityNote, "whoever reaches the port learns the addresses and tags of proxies with metrics", "monitoring-assignment-server",
+			madsEnv+"_REQUIRE_CLIENT_CERT=true and "+madsEnv+"_TLS_CA_FILE")
 	}
 	if r.cfg.Access.Anonymous == auth.AnonymousContract {
 		found.add(rest.SeverityCritical, "callers without a credential may read and write most resources", "api", "KUMA_ACCESS_ANONYMOUS=closed")
