@@ -196,7 +196,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 		Grace: cfg.XDSServer.ReturnDelay, Log: log.With("logger", "session"),
 	})
 	c.insights = insight.New(insight.Config{
-		Store: c.store, Tracker: c.tracker, Instance: instance, Every: cfg.XDSServer.DataplaneStatusFlushInterval,
+		Store: c.store, Tracker: c.tracker, Instance: instance, Versions: []string{build.Version, contract + ".0"}, Every: cfg.XDSServer.DataplaneStatusFlushInterval,
 		Grace: cfg.XDSServer.ReturnDelay, Log: log.With("logger", "insight"),
 	})
 	c.channel = newAdminChannel(c.tracker, c.sessions, cfg.BootstrapServer.Params.AdminPort, log.With("logger", "admin"))

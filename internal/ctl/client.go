@@ -18,6 +18,7 @@ import (
 
 	"kuma/internal/conf"
 	"kuma/internal/errs"
+	"kuma/internal/names"
 	"kuma/internal/pki"
 )
 
@@ -363,7 +364,7 @@ func (c *client) fits(i index) {
 	if i.Product != conf.Build().Product {
 		c.app.warn("the control plane at %s is a %q, this is kumactl of %q", c.base, i.Product, conf.Build().Product)
 	}
-	if v := clientVersion(); !compatible(v, i.Version) {
+	if v := clientVersion(); !names.Compatible(v, i.Version) {
 		c.app.warn("the control plane has version %s, which this kumactl (%s) may not understand; use a kumactl at most two minor versions apart", i.Version, v)
 	}
 }

@@ -203,27 +203,6 @@ func TestVersion(t *testing.T) {
 	m.using("http://127.0.0.1:1").run("version").want(t, 0, "Client: Kuma "+v+"\n", "…Warning: unable to connect to the control plane")
 }
 
-func TestCompatible(t *testing.T) {
-	t.Parallel()
-	for _, c := range []struct {
-		a, b string
-		want bool
-	}{
-		{"2.14.3", "2.14.0", true},
-		{"2.14.3", "2.12.9", true},
-		{"2.14.3", "2.11.0", false},
-		{"2.14.3", "2.17.0", false},
-		{"2.14.3", "3.14.3", false},
-		{"2.14.3", "0.0.0-preview.vabc", true},
-		{"2.14.3", "unknown", true},
-		{"v2.14.3", "2.13.0", true},
-	} {
-		if got := compatible(c.a, c.b); got != c.want {
-			t.Errorf("compatible(%q, %q) = %v", c.a, c.b, got)
-		}
-	}
-}
-
 func TestOtherProductOrVersionIsWarnedOf(t *testing.T) {
 	t.Parallel()
 	s := newServer(t, map[string]answer{

@@ -3,8 +3,6 @@ package ctl
 import (
 	"cmp"
 	"context"
-	"strconv"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -55,39 +53,6 @@ func (a *app) version(ctx context.Context, detailed bool) error {
 		return a.print("Server:\n  Product:    %s\n  Version:    %s%s\n  Instance:   %s\n  Cluster:    %s\n", i.Product, i.Version, based, i.InstanceID, i.ClusterID)
 	}
 	return a.print("Server: %s %s%s\n", i.Product, i.Version, based)
-}
-
-// compatible reports whether two versions may work together: the same major,
-// and minors at most two apart. A preview or a version of another form is
-// taken as compatible.
-func compatible(a, b string) bool {
-	aMajor, aMinor, ok := release(a)
-	if !ok {
-		return true
-	}
-	bMajor, bMinor, ok := release(b)
-	if !ok {
-		return true
-	}
-	return aMajor == bMajor && max(aMinor, bMinor)-min(aMinor, bMinor) <= 2
-}
-
-// release reads the major and minor number of a released version.
-func release(v string) (major, minor int, ok bool) {
-	v = strings.TrimPrefix(v, "v")
-	if strings.Contains(v, "-") {
-		return 0, 0, false
-	}
-	parts := strings.SplitN(v, ".", 3)
-	if len(parts) < 3 {
-		return 0, 0, false
-	}
-	major, err := strconv.Atoi(parts[0])
-	if err != nil {
-		return 0, 0, false
-	}
-	minor, err = strconv.Atoi(parts[1])
-	return major, minor, err == nil
 }
 
 func clientVersion() string { return conf.Build().Version }

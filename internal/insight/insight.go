@@ -26,6 +26,9 @@ type Config struct {
 	Tracker *state.Tracker
 	// Instance is this control plane's id, shown in each subscription.
 	Instance string
+	// Versions are those of this control plane and of the contract that it keeps:
+	// a kuma-dp that goes with any of them is shown as compatible.
+	Versions []string
 	// Every is how long changes are gathered before they are written; the
 	// default is 10 s.
 	Every time.Duration
@@ -114,7 +117,7 @@ func (r *Recorder) Connect(meshName, name string, metadata json.RawMessage, vers
 	if n := len(subs); n > 0 {
 		generation = subs[n-1].Generation + 1
 	}
-	subs = append(subs, mesh.Subscription{ID: st.id, ControlPlaneInstanceID: r.cfg.Instance, ConnectTime: &now, Version: version, Generation: generation})
+	subs = append(subs, mesh.Subscription{ID: st.id, ControlPlaneInstanceID: r.cfg.Instance, ConnectTime: &now, Version: r.judged(version), Generation: generation})
 	p.spec.Subscriptions = slices.Clone(subs[max(0, len(subs)-keepSubscriptions):])
 	p.spec.Metadata, p.spec.Rejections = metadata, nil
 	p.open++

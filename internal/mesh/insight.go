@@ -73,11 +73,13 @@ type Version struct {
 
 // KumaDPVersion is kuma-dp's version.
 type KumaDPVersion struct {
-	Version          string `json:"version,omitempty"`
-	GitTag           string `json:"gitTag,omitempty"`
-	GitCommit        string `json:"gitCommit,omitempty"`
-	BuildDate        string `json:"buildDate,omitempty"`
-	KumaCPCompatible bool   `json:"kumaCpCompatible,omitempty"`
+	Version   string `json:"version,omitempty"`
+	GitTag    string `json:"gitTag,omitempty"`
+	GitCommit string `json:"gitCommit,omitempty"`
+	BuildDate string `json:"buildDate,omitempty"`
+	// KumaCPCompatible is the control plane's judgement; false is said, since
+	// readers take what is absent as true.
+	KumaCPCompatible *bool `json:"kumaCpCompatible,omitempty"`
 }
 
 // EnvoyVersion is Envoy's version.
