@@ -1,0 +1,74 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"crypto/tls"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"kuma/internal/cp/cptest"
+)
+
+// TestReloadWithEnvoy: a control plane that demands the post-quantum key
+// exchange serves a real Envoy; its certificate is replaced twenty times while
+// there is traffic; no request fails, no stream of Envoy or kuma-dp is opened
+// again, and who comes later sees the new certificate (HRD-33).
+func TestReloadWithEnvoy(t *testing.T) {
+	r := open(t)
+	ca := cptest.NewCA(t)
+	dir := filepath.Join(r.Dir, "pki")
+	r.must(os.Mkdir(dir, 0o700))
+	certFile, keyFile, caFile := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key"), filepath.Join(dir, "ca.crt")
+	r.must(os.WriteFile(caFile, ca.PEM(), 0o600))
+	put := func() cptest.Pair {
+		p := ca.Pair(t, nil)
+		cert, key := p.PEM(t)
+		for file, data := range map[string][]byte{certFile: cert, keyFile: key} {
+			r.must(os.WriteFile(file+".new", data, 0o600))
+			r.must(os.Rename(file+".new", file))
+		}
+		return p
+	}
+	put()
+	cp := r.controlPlane("KUMA_GENERAL_TLS_CERT_FILE="+certFile, "KUMA_GENERAL_TLS_KEY_FILE="+keyFile, "KUMA_GENERAL_TLS_RELOAD_INTERVAL=100ms", "KUMA_GENERAL_TLS_REQUIRE_PQ=true")
+	cp.CA = caFile
+	r.apply(cp, mtls("STRICT"))
+	r.apply(cp, permitAll)
+	site, inbound, to := r.site("backend"), r.port(), out{port: r.port(), service: "backend"}
+	r.ready(
+		r.join(cp, "backend", dataplane("backend", []in{{service: "backend", protocol: "http", port: inbound, local: site.port}})),
+		r.join(cp, "web", r.caller("web", to)),
+	)
+	r.answers(to.port, http.StatusOK)
+
+	const connections = `cluster\.ads_cluster\.upstream_cx_total`
+	before := r.stat(cp, "web", connections)
+	traffic := r.load(to.port)
+	r.answeredBy(traffic, "backend")
+	for range 20 {
+		next := put()
+		r.await("the new certificate", func() error {
+			c, err := tls.Dial("tcp", fmt.Sprintf("localhost:%d", cp.DP), &tls.Config{RootCAs: ca.Pool()})
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			if !c.ConnectionState().PeerCertificates[0].Equal(next.Cert) {
+				return fmt.Errorf("it is not shown yet")
+			}
+			return nil
+		})
+	}
+	r.answeredBy(traffic, "backend")
+	r.clean(traffic)
+	if after := r.stat(cp, "web", connections); before == 0 || after != before {
+		t.Errorf("Envoy has opened %d connections to the control plane, %d before", after, before)
+	}
+	late := out{port: r.port(), service: "backend"}
+	r.ready(r.join(cp, "late", r.caller("late", late)))
+	r.answers(late.port, http.StatusOK)
+}
