@@ -19,23 +19,24 @@ type TLSReporter interface {
 // TLSReport is the answer of GET /tls-report: what is connected to this
 // instance of the control plane now, and what is not as it should be.
 type TLSReport struct {
-	// Time is when the report was made, Instance names who made it.
-	Time     time.Time `json:"time"`
-	Instance string    `json:"instance"`
-	// Store is where resources are kept: "file" or "memory", which no network
-	// leads to.
+	// Time is when the report was made.
+	Time time.Time `json:"time"`
+	// Instance names the control plane's process that made it.
+	Instance string `json:"instance"`
+	// Store is where resources are kept: "file" or "memory", to which no network
+	// leads.
 	Store string `json:"store"`
 	// Servers are this instance's own ports.
 	Servers []TLSServer `json:"servers"`
-	// Links are the connections to them that are open; at most 20,000, of which
-	// LinksLeftOut says how many there are beyond.
-	Links        []TLSLink `json:"links"`
-	LinksLeftOut int       `json:"linksLeftOut"`
+	// Links are the connections to them that are open, at most 20,000.
+	Links []TLSLink `json:"links"`
+	// LinksLeftOut is how many there are beyond.
+	LinksLeftOut int `json:"linksLeftOut"`
 	// Envoys are connections between proxies, as the one that accepted them
-	// counts them: at most 50 proxies are asked, EnvoysLeftOut says how many were
-	// not.
-	Envoys        []TLSEnvoy `json:"envoys"`
-	EnvoysLeftOut int        `json:"envoysLeftOut"`
+	// counts them. At most 50 proxies are asked.
+	Envoys []TLSEnvoy `json:"envoys"`
+	// EnvoysLeftOut is how many proxies were not asked.
+	EnvoysLeftOut int `json:"envoysLeftOut"`
 	// Certificates are those that this instance shows, signs with or trusts.
 	Certificates []TLSCertificate `json:"certificates"`
 	// Findings are what is not as it should be, the gravest first.
@@ -44,14 +45,16 @@ type TLSReport struct {
 
 // TLSServer is a port of this instance.
 type TLSServer struct {
-	// Name is "dp-server", "api-http", "api-https", "diagnostics", …
+	// Name is "dp-server", "api-http", "api-https", "diagnostics",
+	// "monitoring-assignment-server", "admin-server" or "other".
 	Name string `json:"name"`
 	// Address is where it listens.
 	Address string `json:"address"`
-	// TLS says whether it has TLS. MinVersion is then the oldest version that it
-	// takes, and ClientCertificates "none", "asked for" or "required".
-	TLS                bool   `json:"tls"`
-	MinVersion         string `json:"minVersion,omitempty"`
+	// TLS says whether it has TLS.
+	TLS bool `json:"tls"`
+	// MinVersion is the oldest version that it takes; empty without TLS.
+	MinVersion string `json:"minVersion,omitempty"`
+	// ClientCertificates is "none", "asked for" or "required"; empty without TLS.
 	ClientCertificates string `json:"clientCertificates,omitempty"`
 	// Certificate is the one that it shows now.
 	Certificate *TLSCertificate `json:"certificate,omitempty"`
@@ -69,19 +72,21 @@ type TLSLink struct {
 	Mesh string `json:"mesh,omitempty"`
 	// Streams are a proxy's: "ads", "hds", "link".
 	Streams []string `json:"streams,omitempty"`
-	// Server names the port, Remote is where the connection comes from, Since
-	// when it came.
-	Server string    `json:"server"`
-	Remote string    `json:"remote"`
-	Since  time.Time `json:"since"`
-	// Version is the protocol's, such as "TLS 1.3"; empty without TLS. Group is
-	// that of the key exchange, such as "X25519MLKEM768".
+	// Server is the name of the port.
+	Server string `json:"server"`
+	// Remote is the address and port that the connection comes from.
+	Remote string `json:"remote"`
+	// Since is when it came.
+	Since time.Time `json:"since"`
+	// Version is the protocol's, such as "TLS 1.3"; empty without TLS.
 	Version string `json:"version"`
-	Group   string `json:"group"`
-	Cipher  string `json:"cipher"`
-	// Certificate is what this instance showed, ClientCertificate what the peer
-	// did.
-	Certificate       *TLSCertificate `json:"certificate,omitempty"`
+	// Group is that of the key exchange, such as "X25519MLKEM768".
+	Group string `json:"group"`
+	// Cipher is the cipher suite, by its name in TLS's registry.
+	Cipher string `json:"cipher"`
+	// Certificate is what this instance showed.
+	Certificate *TLSCertificate `json:"certificate,omitempty"`
+	// ClientCertificate is what the peer showed.
 	ClientCertificate *TLSCertificate `json:"clientCertificate,omitempty"`
 	// VerifiedBy says how this instance knows the peer.
 	VerifiedBy string `json:"verifiedBy"`
@@ -90,16 +95,20 @@ type TLSLink struct {
 // TLSEnvoy is what one proxy counted of the connections that other proxies made
 // to it, since its start.
 type TLSEnvoy struct {
-	Mesh  string `json:"mesh"`
+	// Mesh is the proxy's mesh.
+	Mesh string `json:"mesh"`
+	// Proxy is the proxy's name.
 	Proxy string `json:"proxy"`
 	// Certificate is the one that it shows.
 	Certificate *TLSCertificate `json:"certificate,omitempty"`
 	// VerifiedBy names the authority on which both sides rely.
 	VerifiedBy string `json:"verifiedBy"`
-	// Versions, Groups and Ciphers count connections, by name.
+	// Versions counts connections by protocol, such as "TLSv1.3".
 	Versions map[string]uint64 `json:"versions"`
-	Groups   map[string]uint64 `json:"groups"`
-	Ciphers  map[string]uint64 `json:"ciphers"`
+	// Groups counts them by the key exchange's group, such as "X25519MLKEM768".
+	Groups map[string]uint64 `json:"groups"`
+	// Ciphers counts them by cipher suite.
+	Ciphers map[string]uint64 `json:"ciphers"`
 	// Refused counts connections that were refused because of the peer's
 	// certificate.
 	Refused uint64 `json:"refused"`
@@ -112,10 +121,12 @@ type TLSCertificate struct {
 	// Name says which one of the control plane's own it is; empty elsewhere.
 	Name string `json:"name,omitempty"`
 	// File is where it was read from; empty where it was not.
-	File    string `json:"file,omitempty"`
+	File string `json:"file,omitempty"`
+	// Subject is its subject, or its first name where it has none.
 	Subject string `json:"subject"`
-	// Issuer is empty where it is not known.
-	Issuer   string    `json:"issuer,omitempty"`
+	// Issuer is who signed it; empty where that is not known.
+	Issuer string `json:"issuer,omitempty"`
+	// NotAfter is its end.
 	NotAfter time.Time `json:"notAfter"`
 }
 
@@ -135,9 +146,10 @@ type TLSFinding struct {
 	Severity string `json:"severity"`
 	// Message says what it is.
 	Message string `json:"message"`
-	// About names whom it concerns, the first ten; Count is how many there are.
+	// About names whom it concerns, the first ten.
 	About []string `json:"about"`
-	Count int      `json:"count"`
+	// Count is how many it concerns.
+	Count int `json:"count"`
 	// Mend says what to do.
 	Mend string `json:"mend"`
 }

@@ -32,6 +32,12 @@ func generateOpenAPI(_ context.Context, root string) error {
 		schemas[k.Name] = described
 		addPaths(paths, k)
 	}
+	report, err := source.schemaOf(&rest.TLSReport{})
+	if err != nil {
+		return fmt.Errorf("the TLS report: %w", err)
+	}
+	report.Description = "What is connected to this instance of the control plane now, how that is encrypted and authenticated, and what is not as it should be."
+	schemas["TLSReport"] = report
 	for path, operations := range fixedPaths() {
 		paths[path] = operations
 	}
@@ -223,12 +229,14 @@ func fixedPaths() object {
 	index := operation("index", "Say what this server is", object{"200": answer("Product, version and instance", anything)})
 	index["security"] = []object{}
 	return object{
-		"/":                 object{"get": index},
-		"/_resources":       object{"get": operation("kinds", "List the kinds", object{"200": answer("Their names, paths and traits", anything)})},
-		"/policies":         object{"get": operation("policies", "List the kinds of policies", object{"200": answer("Their names, paths and traits", anything)})},
-		"/who-am-i":         object{"get": operation("whoAmI", "Say as whom the caller is seen", object{"200": answer("Name and groups", anything)})},
-		"/config":           object{"get": operation("config", "Show the effective configuration, secrets masked", object{"200": answer("The configuration", anything)})},
+		"/":           object{"get": index},
+		"/_resources": object{"get": operation("kinds", "List the kinds", object{"200": answer("Their names, paths and traits", anything)})},
+		"/policies":   object{"get": operation("policies", "List the kinds of policies", object{"200": answer("Their names, paths and traits", anything)})},
+		"/who-am-i":   object{"get": operation("whoAmI", "Say as whom the caller is seen", object{"200": answer("Name and groups", anything)})},
+		"/config":     object{"get": operation("config", "Show the effective configuration, secrets masked", object{"200": answer("The configuration", anything)})},
 		"/tokens/dataplane": object{"post": token},
+		"/tls-report": object{"get": operation("tlsReport", "Say how every link is encrypted and authenticated", object{"200": answer("The report", object{"$ref": "#/components/schemas/TLSReport"})},
+			query("mesh", "string", "Only the proxies of this mesh."))},
 	}
 }
 
