@@ -18,13 +18,14 @@ import (
 )
 
 func (a *app) generateCommand() *cobra.Command {
-	return group("generate", "Make tokens, keys and certificates",
+	return group("generate", "Make tokens, keys, certificates and a configuration for Prometheus",
 		a.dataplaneTokenCommand(),
 		a.zoneTokenCommand(),
 		a.userTokenCommand(),
 		a.signingKeyCommand(),
 		a.publicKeyCommand(),
 		a.tlsCertificateCommand(),
+		a.prometheusConfigCommand(),
 	)
 }
 
