@@ -229,11 +229,11 @@ func fixedPaths() object {
 	index := operation("index", "Say what this server is", object{"200": answer("Product, version and instance", anything)})
 	index["security"] = []object{}
 	return object{
-		"/":           object{"get": index},
-		"/_resources": object{"get": operation("kinds", "List the kinds", object{"200": answer("Their names, paths and traits", anything)})},
-		"/policies":   object{"get": operation("policies", "List the kinds of policies", object{"200": answer("Their names, paths and traits", anything)})},
-		"/who-am-i":   object{"get": operation("whoAmI", "Say as whom the caller is seen", object{"200": answer("Name and groups", anything)})},
-		"/config":     object{"get": operation("config", "Show the effective configuration, secrets masked", object{"200": answer("The configuration", anything)})},
+		"/":                 object{"get": index},
+		"/_resources":       object{"get": operation("kinds", "List the kinds", object{"200": answer("Their names, paths and traits", anything)})},
+		"/policies":         object{"get": operation("policies", "List the kinds of policies", object{"200": answer("Their names, paths and traits", anything)})},
+		"/who-am-i":         object{"get": operation("whoAmI", "Say as whom the caller is seen", object{"200": answer("Name and groups", anything)})},
+		"/config":           object{"get": operation("config", "Show the effective configuration, secrets masked", object{"200": answer("The configuration", anything)})},
 		"/tokens/dataplane": object{"post": token},
 		"/tls-report": object{"get": operation("tlsReport", "Say how every link is encrypted and authenticated", object{"200": answer("The report", object{"$ref": "#/components/schemas/TLSReport"})},
 			query("mesh", "string", "Only the proxies of this mesh."))},
