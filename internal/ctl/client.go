@@ -90,6 +90,9 @@ func (a *app) clientFor(cp controlPlane) (*client, error) {
 		if api.SkipVerify {
 			a.warn(notVerified, base)
 		}
+		if st, err := os.Stat(api.ClientKeyFile); err == nil && st.Mode().Perm()&0o077 != 0 {
+			a.warn("%s can be read by other users (mode %04o); run: chmod 600 %s", api.ClientKeyFile, st.Mode().Perm(), api.ClientKeyFile)
+		}
 	}
 	if base.Scheme == "http" && api.ClientCertFile != "" {
 		c.detour = &detour{app: a, cp: cp}

@@ -312,6 +312,13 @@ func TestTLS(t *testing.T) {
 	add("--skip-verify")
 	m.run("version").want(t, 0, "…Server: Kuma", "…is not verified (skipVerify)")
 
+	if err := os.Chmod(clientKey, 0o444); err != nil {
+		t.Fatal(err)
+	}
+	add("--ca-cert-file", cert, "--client-cert-file", client, "--client-key-file", clientKey).want(t, 0, ok, "…client.key can be read by other users (mode 0444); run: chmod 600")
+	if err := os.Chmod(clientKey, 0o400); err != nil {
+		t.Fatal(err)
+	}
 	// A server that demands a certificate, and one that trusts another's.
 	pool := x509.NewCertPool()
 	pool.AddCert(pair.Leaf)
