@@ -73,7 +73,7 @@ func TestAccess(t *testing.T) {
 		"everyone": all, "any user": users, "view metadata": users, "view xds": users, "view stats": users, "view clusters": users,
 		"generate dataplane token": admins, "generate user token": admins, "generate zone token": admins, "read the KRI's kind": users, "view the TLS report": admins,
 		"rotate the control plane's authority": admins,
-		"read Secret": admins, "write Secret": admins, "read GlobalSecret": admins, "write GlobalSecret": admins,
+		"read Secret":                          admins, "write Secret": admins, "read GlobalSecret": admins, "write GlobalSecret": admins,
 	}
 	for _, k := range kinds() {
 		if !k.Admin {
