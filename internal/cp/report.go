@@ -105,7 +105,8 @@ func (r *reporter) TLSReport(ctx context.Context, meshName string) (rest.TLSRepo
 	}
 	found := findings{}
 	proxies := map[netip.AddrPort]*proxyPeer{}
-	here := map[session.Key]bool{}
+	here := map[session.Key]bool{}   // by whether its link is open
+	linked := map[session.Key]bool{} // those that should have one
 	for _, p := range r.peers() {
 		if meshName != "" && p.Mesh != meshName {
 			continue
@@ -116,9 +117,16 @@ func (r *reporter) TLSReport(ctx context.Context, meshName string) (rest.TLSRepo
 			proxies[p.Remote] = known
 		}
 		known.streams = append(known.streams, p.Kind.String())
-		here[p.Key] = true
+		here[p.Key] = here[p.Key] || p.Kind == session.Link
+		linked[p.Key] = p.Linked
 		if !p.Linked && p.Kind == session.ADS {
 			r.unlinked(found, pic, p.Key)
+		}
+	}
+	for key, open := range here {
+		if linked[key] && !open {
+			found.add(rest.SeverityNote, "the proxy's link is not here: its certificates can't be renewed by this instance, and it can't be asked", key.Mesh+"/"+key.Name,
+				"see the log of its kuma-dp; the link may lead to another instance of the control plane")
 		}
 	}
 	doors, open := r.conns.all()

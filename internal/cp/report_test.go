@@ -379,6 +379,7 @@ func TestReportOfProxies(t *testing.T) {
 		"warning: the mesh has no mutual TLS: its services speak in clear, and with anyone: open",
 		"warning: the mesh takes connections without TLS too: loose",
 		"warning: the proxy has no link: its private key is made by the control plane and sent to it: default/web-00",
+		"note: the proxy's link is not here: its certificates can't be renewed by this instance, and it can't be asked: default/web-01,",
 		"note: connections were refused because of the caller's certificate: default/web-01",
 		"note: the proxy could not be asked for its connections: default/web-02",
 	)
