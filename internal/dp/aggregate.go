@@ -222,7 +222,7 @@ type application struct {
 const (
 	maxApplications = 100
 	// maxApplicationBody is how much one of them may answer with, in bytes,
-	// maxBodies all of them together in one scrape.
+	// maxBodies all of them together in all scrapes that run.
 	maxApplicationBody = 16 << 20
 	maxBodies          = 64 << 20
 	// asking is how many are asked at a time.
@@ -307,15 +307,13 @@ type appMetrics struct {
 // fails is left out, and named in the log.
 func (m *metrics) askApplications(ctx context.Context, apps []application, accept exposition) []appMetrics {
 	out := make([]appMetrics, len(apps))
-	var budget atomic.Int64
-	budget.Store(maxBodies)
 	slots := make(chan struct{}, asking)
 	var all sync.WaitGroup
 	for i, a := range apps {
 		all.Go(func() {
 			slots <- struct{}{}
 			defer func() { <-slots }()
-			got, err := m.askApplication(ctx, &a, accept, &budget)
+			got, err := m.askApplication(ctx, &a, accept)
 			key := a.Name + " at " + net.JoinHostPort(a.Address, strconv.Itoa(int(a.Port))) + a.Path
 			if err != nil {
 				m.complaints.say(m.log, "an application's metrics are left out", key, err)
@@ -329,7 +327,7 @@ func (m *metrics) askApplications(ctx context.Context, apps []application, accep
 	return out
 }
 
-func (m *metrics) askApplication(ctx context.Context, a *application, accept exposition, budget *atomic.Int64) (appMetrics, error) {
+func (m *metrics) askApplication(ctx context.Context, a *application, accept exposition) (appMetrics, error) {
 	var none appMetrics
 	if err := ctx.Err(); err != nil {
 		return none, errs.New(errs.Unavailable, "there was no time left to ask it: %w", err)
@@ -344,6 +342,7 @@ func (m *metrics) askApplication(ctx context.Context, a *application, accept exp
 	}
 	req.Header.Set("Accept", accept.accept())
 	req.Header.Set("User-Agent", "kuma-dp")
+	req.Header.Set("Via", "1.1 "+via)
 	resp, err := m.client.Do(req)
 	if err != nil {
 		return none, err
@@ -356,17 +355,27 @@ func (m *metrics) askApplication(ctx context.Context, a *application, accept exp
 	if err != nil {
 		return none, err
 	}
-	body, err := readAll(&sharedLimit{resp.Body, budget}, maxApplicationBody)
+	shared := &sharedLimit{from: resp.Body, left: &m.left}
+	body, err := readAll(shared, maxApplicationBody)
+	if err == nil {
+		err = checkExposition(body, form)
+	}
 	if err != nil {
+		m.left.Add(shared.taken)
 		return none, fmt.Errorf("read its metrics: %w", err)
 	}
+	return appMetrics{form, body}, nil
+}
+
+// checkExposition reads all of an application's metrics.
+func checkExposition(body []byte, form exposition) error {
 	// Checked before any of it is passed on: one bad line would cost the scraper
 	// everything.
 	for in := newMetricReader(bytes.NewReader(body), form); ; {
 		if _, err := in.next(); errors.Is(err, io.EOF) {
-			return appMetrics{form, body}, nil
+			return nil
 		} else if err != nil {
-			return none, fmt.Errorf("read its metrics: %w", err)
+			return err
 		}
 	}
 }
@@ -386,12 +395,14 @@ func (e exposition) accept() string {
 
 // sharedLimit reads as long as there is something left for all.
 type sharedLimit struct {
-	from io.Reader
-	left *atomic.Int64
+	from  io.Reader
+	left  *atomic.Int64
+	taken int64
 }
 
 func (s *sharedLimit) Read(b []byte) (int, error) {
 	n, err := s.from.Read(b)
+	s.taken += int64(n)
 	if s.left.Add(-int64(n)) < 0 {
 		return 0, fmt.Errorf("all applications together answered with more than the %d bytes that are allowed", maxBodies)
 	}

@@ -108,6 +108,9 @@ func (d *dynamic) refresh(ctx context.Context) {
 			if d.now == nil || d.bad != "" {
 				d.log.Info("metrics are configured by MeshMetric", "applications", len(p.apps))
 			}
+			if p.pushed != "" && (d.now == nil || d.now.pushed != p.pushed) {
+				d.log.Warn("metrics are not sent to this backend: "+noOTel, "backend", p.pushed)
+			}
 			d.now, d.bad = p, ""
 			return
 		}
@@ -174,7 +177,11 @@ type meshMetricPage struct {
 	Observability struct {
 		Metrics *struct {
 			Applications []application `json:"applications"`
-			Sidecar      *struct {
+			Backends     []struct {
+				Type string `json:"type"`
+				Name string `json:"name"`
+			} `json:"backends"`
+			Sidecar *struct {
 				IncludeUnused bool `json:"includeUnused"`
 				Profiles      *struct {
 					Append []struct {
@@ -211,6 +218,11 @@ func readMeshMetric(body []byte) (*pipeline, error) {
 	for i := range p.apps {
 		if err := p.apps[i].check(); err != nil {
 			return nil, errs.New(errs.Invalid, "read MeshMetric's page: %w", err)
+		}
+	}
+	for _, b := range m.Backends {
+		if b.Type == "OpenTelemetry" {
+			p.pushed = b.Name
 		}
 	}
 	var err error

@@ -37,14 +37,17 @@ type metrics struct {
 	dynamic *dynamic
 	admin   atomic.Pointer[admin]
 	legacy  atomic.Pointer[[]application]
-	// slots bounds how many scrapes run at a time, and with them the memory
-	// that they need.
-	slots      chan struct{}
+	// slots bounds how many scrapes run at a time, queue how many run or wait.
+	slots, queue chan struct{}
+	// left is how many bytes applications may still answer with, in all scrapes
+	// that run.
+	left       atomic.Int64
 	complaints complaints
 }
 
 const (
-	maxScrapes = 2
+	maxScrapes = 4
+	maxQueue   = 20
 	// scrapeTime is how long a scrape may take where the scraper does not say,
 	// longestScrape where it does.
 	scrapeTime    = 10 * time.Second
@@ -54,7 +57,12 @@ const (
 )
 
 func newMetrics(log *slog.Logger, d *dynamic) *metrics {
-	return &metrics{log: log, dynamic: d, client: newApplicationClient(), slots: make(chan struct{}, maxScrapes)}
+	m := &metrics{
+		log: log, dynamic: d, client: newApplicationClient(),
+		slots: make(chan struct{}, maxScrapes), queue: make(chan struct{}, maxQueue),
+	}
+	m.left.Store(maxBodies)
+	return m
 }
 
 func listenMetrics(path string) (net.Listener, error) {
@@ -116,6 +124,9 @@ type pipeline struct {
 	query string
 	// labels are put on every series.
 	labels []addedLabel
+	// pushed names a backend to which metrics should be sent, empty if there is
+	// none.
+	pushed string
 }
 
 // ServeHTTP answers one scrape.
@@ -125,9 +136,22 @@ func (m *metrics) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "metrics are read with GET", http.StatusMethodNotAllowed)
 		return
 	}
+	if strings.Contains(strings.Join(r.Header.Values("Via"), ","), via) {
+		http.Error(w, "metrics of proxies are no application's: the one that asks has the address of a proxy's metrics in its list", http.StatusLoopDetected)
+		return
+	}
+	select {
+	case m.queue <- struct{}{}:
+		defer func() { <-m.queue }()
+	default:
+		http.Error(w, "too many scrapes at a time", http.StatusServiceUnavailable)
+		return
+	}
 	patience := scrapePatience(r.Header.Get("X-Prometheus-Scrape-Timeout-Seconds"))
 	ctx, cancel := context.WithTimeout(r.Context(), patience)
 	defer cancel()
+	// Nor may who reads slowly keep others waiting.
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(patience + time.Second))
 	select {
 	case m.slots <- struct{}{}:
 		defer func() { <-m.slots }()
@@ -143,7 +167,7 @@ func (m *metrics) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err := m.answer(ctx, w, p, negotiate(r.Header.Get("Accept")), patience); err != nil {
 		m.complaints.say(m.log, "a scrape of metrics failed", "envoy", err)
 		if !errors.Is(err, errBegun) {
-			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			http.Error(w, "Envoy's statistics can't be had; kuma-dp's log says why", http.StatusServiceUnavailable)
 			return
 		}
 		// The scraper must not take a part for the whole.
@@ -193,6 +217,10 @@ func legacyQuery(raw string) string {
 	return out
 }
 
+// via is how kuma-dp introduces itself to applications, in the header Via, so
+// that it knows itself again.
+const via = "kuma-dp-metrics"
+
 const statsQuery = "format=prometheus&text_readouts="
 
 // errBegun marks a failure after the first byte of an answer.
@@ -204,6 +232,11 @@ func (m *metrics) answer(ctx context.Context, w http.ResponseWriter, p *pipeline
 	half, cancel := context.WithTimeout(ctx, patience/2)
 	defer cancel()
 	apps := m.askApplications(half, p.apps, accept)
+	defer func() {
+		for _, a := range apps {
+			m.left.Add(int64(len(a.body)))
+		}
+	}()
 	form := plainText
 	for _, a := range apps {
 		form = max(form, a.form)

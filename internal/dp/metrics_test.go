@@ -556,6 +556,9 @@ func TestMetricsMemory(t *testing.T) {
 	if more := int64(after.HeapInuse) - int64(before.HeapInuse); more > 8<<20 {
 		t.Errorf("after the scrape there are %d bytes more in use", more)
 	}
+	if left := b.left.Load(); left != maxBodies {
+		t.Errorf("%d of %d bytes were given back", left, maxBodies)
+	}
 }
 
 // HRD-12: a policy can't make the proxy call other machines.
@@ -820,7 +823,10 @@ func TestDynamicConfiguration(t *testing.T) {
 			t.Errorf("%.60s: the last good page is gone", c.page)
 		}
 	}
-	b.configure(meshMetric(`{"profiles":{"appendProfiles":[{"name":"None"}]}}`))
+	b.configure(strings.Replace(meshMetric(`{"profiles":{"appendProfiles":[{"name":"None"}]}}`), `"backends":[]`, `"backends":[{"type":"OpenTelemetry","name":"otel","openTelemetry":{"endpoint":"x"}}]`, 1))
+	if !strings.Contains(b.log.String(), "metrics are not sent to this backend") {
+		t.Error("the backend that is not served is not named")
+	}
 	if _, body := b.good("/meshmetric", ""); strings.Contains(body, "envoy_server_live") {
 		t.Error("the new page has no effect")
 	}
@@ -904,6 +910,94 @@ func TestMetricsPair(t *testing.T) {
 		err := cfg.checkMetricsPair()
 		if (err == nil) != (c.want == "") || err != nil && (!strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), "KUMA_DATAPLANE_RUNTIME_METRICS_CERT_PATH")) {
 			t.Errorf("%s %s: %v, want %q", c.cert, c.key, err, c.want)
+		}
+	}
+}
+
+// A list that leads back to the proxy's own metrics ends at once.
+func TestMetricsLoop(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, plainly(realStats(t)))
+	port := b.app("text/plain", func(w http.ResponseWriter, r *http.Request) { // as Envoy's listener does
+		r.RequestURI, r.URL.Scheme, r.URL.Host, r.URL.Path = "", "http", "kuma-dp", "/meshmetric"
+		resp, err := b.client.Do(r)
+		if err != nil {
+			w.WriteHeader(http.StatusBadGateway)
+			return
+		}
+		defer resp.Body.Close()
+		w.WriteHeader(resp.StatusCode)
+		_, _ = io.Copy(w, resp.Body)
+	})
+	b.configure(meshMetric("", port))
+	if _, body := b.good("/meshmetric", ""); parse(t, body)["envoy_server_live"] == nil {
+		t.Error("Envoy's metrics are missing")
+	}
+	if !strings.Contains(b.log.String(), "status 508") {
+		t.Errorf("the loop is not noticed:\n%s", b.log.String())
+	}
+}
+
+// Who scrapes too much is sent away before it costs memory (HRD-25), and what
+// applications may answer with is given back.
+func TestScrapeFlood(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, plainly(realStats(t)))
+	release := make(chan struct{})
+	var waiting atomic.Int32
+	port := b.app("text/plain", func(w http.ResponseWriter, r *http.Request) {
+		waiting.Add(1)
+		select {
+		case <-release:
+		case <-r.Context().Done():
+		}
+		_, _ = io.WriteString(w, "a 1\n")
+	})
+	b.configure(meshMetric("", port))
+	got := make(chan int, 3*maxQueue)
+	for range cap(got) {
+		go func() {
+			status, _, _, err := b.scrape("/meshmetric", "")
+			if err != nil {
+				status = -1
+			}
+			got <- status
+		}()
+	}
+	counts := map[int]int{}
+	for range cap(got) - maxQueue {
+		counts[<-got]++
+	}
+	close(release)
+	for range maxQueue {
+		counts[<-got]++
+	}
+	if d := cmp.Diff(map[int]int{http.StatusOK: maxQueue, http.StatusServiceUnavailable: cap(got) - maxQueue}, counts); d != "" {
+		t.Errorf("(-want +got):\n%s", d)
+	}
+	if n := waiting.Load(); n != maxQueue {
+		t.Errorf("the application was asked %d times, want %d", n, maxQueue)
+	}
+	if left := b.left.Load(); left != maxBodies {
+		t.Errorf("%d of %d bytes were given back", left, maxBodies)
+	}
+}
+
+func BenchmarkEnvoyFamilies(b *testing.B) {
+	var in strings.Builder
+	for f := range 40 {
+		fmt.Fprintf(&in, "# TYPE envoy_cluster_upstream_rq_%d counter\n", f)
+		for c := range 500 {
+			fmt.Fprintf(&in, "envoy_cluster_upstream_rq_%d{envoy_response_code=\"200\",envoy_cluster_name=\"svc-%d-%016x\"} %d\n", f, c/2, c, c)
+		}
+	}
+	s := &sieve{profile: basicMetrics}
+	b.SetBytes(int64(in.Len()))
+	b.ReportAllocs()
+	for b.Loop() {
+		w := &metricWriter{out: bufio.NewWriter(io.Discard)}
+		if err := newEnvoyFamilies(w, s, []addedLabel{{"mesh", "default"}}).copy(strings.NewReader(in.String())); err != nil {
+			b.Fatal(err)
 		}
 	}
 }
