@@ -18,6 +18,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/asn1"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"math/big"
@@ -25,6 +26,7 @@ import (
 	"net/url"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -272,8 +274,9 @@ func sha1Signed() (c Case, root []byte, err error) {
 
 // Door is a port that ends a client's TLS and passes on what it hears.
 type Door struct {
-	net.Listener
 	cfg     DoorConfig
+	port    int
+	both    []net.Listener // of IPv4 and of IPv6, where there is that
 	heard   atomic.Int64
 	refused chan string
 
@@ -296,19 +299,40 @@ type DoorConfig struct {
 	ClientCAs *x509.CertPool
 }
 
-// Open opens a door on a free port of 127.0.0.1.
+// Open opens a door on a free port of localhost.
 func Open(cfg DoorConfig) (*Door, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return nil, err
+	var err error
+	for range 10 {
+		d := &Door{cfg: cfg, refused: make(chan string, 1000), conns: map[net.Conn]bool{}}
+		if err = d.open(); err == nil {
+			return d, nil
+		}
 	}
-	d := &Door{Listener: l, cfg: cfg, refused: make(chan string, 1000), conns: map[net.Conn]bool{}}
-	go d.run()
-	return d, nil
+	return nil, err
+}
+
+func (d *Door) open() error {
+	four, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	d.both, d.port = []net.Listener{four}, four.Addr().(*net.TCPAddr).Port
+	six, err := net.Listen("tcp6", fmt.Sprintf("[::1]:%d", d.port))
+	switch {
+	case err == nil:
+		d.both = append(d.both, six)
+	case errors.Is(err, syscall.EADDRINUSE):
+		_ = four.Close()
+		return err
+	}
+	for _, l := range d.both {
+		go d.run(l)
+	}
+	return nil
 }
 
 // Port is the door's.
-func (d *Door) Port() int { return d.Addr().(*net.TCPAddr).Port }
+func (d *Door) Port() int { return d.port }
 
 // Heard is how many bytes clients sent after they had accepted what was shown to
 // them, of those that are watched.
@@ -320,7 +344,10 @@ func (d *Door) Refused() <-chan string { return d.refused }
 
 // Close ends the door and all that it passes on.
 func (d *Door) Close() error {
-	err := d.Listener.Close()
+	var err error
+	for _, l := range d.both {
+		err = errors.Join(err, l.Close())
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for c := range d.conns {
@@ -341,9 +368,9 @@ func (d *Door) keep(c net.Conn) (drop func()) {
 	}
 }
 
-func (d *Door) run() {
+func (d *Door) run(l net.Listener) {
 	for {
-		c, err := d.Accept()
+		c, err := l.Accept()
 		if err != nil {
 			return
 		}

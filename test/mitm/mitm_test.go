@@ -161,7 +161,7 @@ func newBench(t *testing.T, change ...func(*cp.Config)) *bench {
 	b.cfg.General.WorkDir = filepath.Join(t.TempDir(), "cp")
 	b.cfg.Store.Type = "memory"
 	b.cfg.APIServer.HTTP.Interface, b.cfg.APIServer.HTTPS.Interface = "127.0.0.1", "127.0.0.1"
-	for _, port := range []*uint32{&b.cfg.APIServer.HTTP.Port, &b.cfg.APIServer.HTTPS.Port, &b.cfg.DPServer.Port, &b.cfg.Diagnostics.ServerPort} {
+	for _, port := range []*uint32{&b.cfg.APIServer.HTTP.Port, &b.cfg.APIServer.HTTPS.Port, &b.cfg.DPServer.Port, &b.cfg.Diagnostics.ServerPort, &b.cfg.MonitoringAssignmentServer.Port} {
 		*port = uint32(free(t))
 	}
 	for _, c := range change {
