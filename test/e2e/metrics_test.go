@@ -144,6 +144,24 @@ spec:
 		t.Errorf("another path: %d, error %v", a.status, err)
 	}
 
+	for range 20 {
+		_, err := r.families(c, url("http", plain))
+		r.must(err)
+	}
+	r.await("kuma-dp stays small", func() error {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", web.Cmd.Process.Pid))
+		if err != nil {
+			return err
+		}
+		_, after, _ := strings.Cut(string(b), "VmRSS:")
+		var kib int
+		if _, err := fmt.Sscan(after, &kib); err != nil || kib > 30<<10 {
+			return fmt.Errorf("it has %d KiB of resident memory, error %v", kib, err)
+		}
+		t.Logf("kuma-dp has %d KiB of resident memory", kib)
+		return nil
+	})
+
 	policy(plain, "Disabled", "    sidecar: {profiles: {appendProfiles: [{name: None}], include: [{type: Prefix, match: envoy_cluster_manager_}]}}\n")
 	r.await("a change of the profile is followed", func() error {
 		all, err := r.families(c, url("http", plain))
