@@ -7,9 +7,12 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -22,6 +25,7 @@ import (
 	"kuma/internal/cp"
 	"kuma/internal/ctl"
 	"kuma/internal/dp"
+	"kuma/internal/pki"
 	"kuma/test/mitm"
 )
 
@@ -66,6 +70,8 @@ type client struct {
 // clients are all there are. A further one is one line.
 var clients = []client{
 	{"kumactl", true, nil, kumactl, inConfig("caCertFile:", "skipVerify: true, caCertFile:")},
+	{"kumactl with an http:// address", true, nil, kumactlOverTLS, inConfig("caCertFile:", "skipVerify: true, caCertFile:")},
+	{"kuma-dp with an http:// address", false, offersHTTP, kumaDPByAPI, withFlag("--skip-verify")},
 	{"kuma-dp's bootstrap", false, offersHTTP, kumaDP, withFlag("--skip-verify")},
 	{"kuma-dp's link", false, offersGRPC, kumaDP, withFlag("--skip-verify")},
 }
@@ -106,6 +112,42 @@ func kumaDP(t *testing.T, b *bench, url, ca string) *exec.Cmd {
 		write(t, "dp.yaml", fmt.Sprintf("type: Dataplane\nmesh: default\nname: web-%d\nnetworking: {address: 127.0.0.1, inbound: [{port: %d, servicePort: %d, tags: {kuma.io/service: web}}]}\n", n, 20000+n, 30000+n)))
 	c.Env = append(c.Env, fmt.Sprint("KUMA_READINESS_PORT=", free(t)), "KUMA_CONTROL_PLANE_RETRY_MAX_DURATION=1s", "KUMA_CONTROL_PLANE_RETRY_BACKOFF=200ms")
 	return c
+}
+
+// plainAPI is an API's port without TLS, which says one thing. It returns its URL
+// by the name that leads to the door.
+func plainAPI(t *testing.T, door, answer string) string {
+	t.Helper()
+	u, err := url.Parse(door)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, strings.NewReplacer("URL", door, "PORT", u.Port()).Replace(answer))
+	}))
+	t.Cleanup(s.Close)
+	return strings.Replace(s.URL, "127.0.0.1", u.Hostname(), 1)
+}
+
+// kumactlOverTLS has a client certificate, and so goes where the API says that it
+// speaks TLS.
+func kumactlOverTLS(t *testing.T, b *bench, url, ca string) *exec.Cmd {
+	t.Helper()
+	cert, key, err := pki.GenerateTLS("client", nil, "ecdsa")
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := write(t, "config", fmt.Sprintf(
+		"contexts: [{name: a, controlPlane: a}]\ncurrentContext: a\ncontrolPlanes: [{name: a, coordinates: {apiServer: {url: %q, caCertFile: %q, clientCertFile: %q, clientKeyFile: %q, authType: tokens, authConf: {token: %s}}}}]\n",
+		plainAPI(t, url, `{"product":"Kuma","version":"2.14.0","httpsPort":PORT}`), ca, write(t, "client.pem", string(cert)), write(t, "client.key", string(key)), b.user))
+	return b.program("kumactl", "--config-file", config, "get", "meshes")
+}
+
+// kumaDPByAPI is told by the API's port where to go and whom to trust; what its
+// user says of that wins.
+func kumaDPByAPI(t *testing.T, b *bench, url, ca string) *exec.Cmd {
+	t.Helper()
+	return kumaDP(t, b, plainAPI(t, url, `{"url":"URL","caCert":""}`), ca)
 }
 
 func write(t *testing.T, name, text string) string {
@@ -307,5 +349,37 @@ func TestManInTheMiddle(t *testing.T) {
 				})
 			}
 		})
+	}
+}
+
+// kuma-dp as 0.7's manual starts it, against a real control plane: it is told
+// where to go on this machine, and its token goes there over TLS alone.
+func TestProxyByTheAPIPort(t *testing.T) {
+	b := newBench(t)
+	api := fmt.Sprintf("http://127.0.0.1:%d", b.cfg.APIServer.HTTP.Port)
+	body := `{"type":"Dataplane","mesh":"default","name":"dp-echo-1","networking":{"address":"127.0.0.1","inbound":[{"port":21001,"servicePort":21002,"tags":{"kuma.io/service":"backend"}}]}}`
+	r, err := http.NewRequest(http.MethodPut, api+"/meshes/default/dataplanes/dp-echo-1", strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Header.Set("Content-Type", "application/json")
+	resp, err := http.DefaultClient.Do(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = resp.Body.Close()
+	if resp.StatusCode != http.StatusCreated {
+		t.Fatal(resp.Status)
+	}
+	c := b.program("kuma-dp", "run", "--name=dp-echo-1", "--mesh=default", "--cp-address="+api, "--dataplane-token-file="+write(t, "token", b.proxy), "--binary-path", b.self)
+	c.Env = append(c.Env, fmt.Sprint("KUMA_READINESS_PORT=", free(t)))
+	out, err := c.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, want := range []string{"a deprecated form was used", fmt.Sprintf("control_plane=https://127.0.0.1:%d", b.cfg.DPServer.Port), "the control plane has taken this proxy in"} {
+		if !strings.Contains(string(out), want) {
+			t.Errorf("the log lacks %q:\n%s", want, out)
+		}
 	}
 }
