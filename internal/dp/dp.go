@@ -162,7 +162,7 @@ func Run(ctx context.Context, cfg Config, b Build, pod string) error {
 		return err
 	}
 	if p.link != nil {
-		if err := believed.serveEnvoy(dir.sockets.Trust(), config.Trust); err != nil {
+		if err := believed.serveEnvoy(dir.sockets.Trust(), config.Trust, cfg.systemCA()); err != nil {
 			return err
 		}
 	}

@@ -203,13 +203,24 @@ func (t *trust) request() []byte {
 }
 
 // serveEnvoy has Envoy's authorities in a file from now on. Named are those that
-// the control plane names where the user gave none.
-func (t *trust) serveEnvoy(file string, named []byte) error {
+// the control plane names where the user gave none; then the system's count for
+// Envoy as they do for kuma-dp, so that a certificate by another of them is
+// verified, too.
+func (t *trust) serveEnvoy(file string, named []byte, system string) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.envoy = file
-	if t.started = t.given; len(t.given) == 0 {
+	switch {
+	case len(t.given) > 0:
+		t.started = t.given
+	case t.skip || system == "":
 		t.started = named
+	default:
+		text, err := readLimited(system, maxCA)
+		if err != nil {
+			t.log.Warn("envoy knows only the authorities that the control plane names, since the system's can't be read; KUMA_DATAPLANE_RUNTIME_DYNAMIC_SYSTEM_CA_PATH names another file", "error", err)
+		}
+		t.started = slices.Concat(bytes.TrimRight(text, "\n"), []byte("\n"), named)
 	}
 	return t.tellEnvoy()
 }

@@ -4,13 +4,17 @@ package e2e
 
 import (
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+	"time"
 
 	"kuma/internal/cp/cptest"
+	"kuma/test/lab"
 )
 
 // TestReloadWithEnvoy: a control plane that demands the post-quantum key
@@ -71,4 +75,40 @@ func TestReloadWithEnvoy(t *testing.T) {
 	late := out{port: r.port(), service: "backend"}
 	r.ready(r.join(cp, "late", r.caller("late", late)))
 	r.answers(late.port, http.StatusOK)
+}
+
+// TestPublicAuthority: a proxy that is given no authority trusts those of its
+// machine, and so does its Envoy: it comes back although the control plane's new
+// certificate has another issuer.
+func TestPublicAuthority(t *testing.T) {
+	r := open(t)
+	root := cptest.NewCA(t)
+	dir := filepath.Join(r.Dir, "pki")
+	r.must(os.Mkdir(dir, 0o700))
+	certFile, keyFile, system := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key"), filepath.Join(dir, "system.crt")
+	r.must(os.WriteFile(system, root.PEM(), 0o600))
+	put := func() {
+		between := root.Under(t)
+		cert, key := between.Pair(t, nil).PEM(t)
+		r.must(os.WriteFile(certFile, append(cert, between.PEM()...), 0o600))
+		r.must(os.WriteFile(keyFile, key, 0o600))
+	}
+	put()
+	cp := r.controlPlane("KUMA_GENERAL_TLS_CERT_FILE="+certFile, "KUMA_GENERAL_TLS_KEY_FILE="+keyFile)
+	r.apply(cp, mtls("STRICT"))
+	r.apply(cp, permitAll)
+	r.ready(r.join(cp, "web", r.caller("web"), lab.ProxyOptions{
+		Env:  []string{"SSL_CERT_FILE=" + system, "KUMA_DATAPLANE_RUNTIME_DYNAMIC_SYSTEM_CA_PATH=" + system, "KUMA_CONTROL_PLANE_RETRY_BACKOFF=300ms"},
+		Args: []string{"--ca-cert-file="},
+	}))
+	cp.Stop(5 * time.Second)
+	put()
+	r.must(cp.Start(r.ctx))
+	r.await("Envoy is back", func() error {
+		text, err := cp.Kumactl("", "inspect", "dataplane", "web", "--type", "stats")
+		if err == nil && !strings.Contains(text, "cluster.ads_cluster.ssl.handshake: 2\n") {
+			err = errors.New("it has not verified the new certificate")
+		}
+		return err
+	})
 }

@@ -31,6 +31,15 @@ func NewCA(t testing.TB) *CA {
 	return ca
 }
 
+// Under makes an authority that this one has signed.
+func (ca *CA) Under(t testing.TB) *CA {
+	t.Helper()
+	key := newKey(t)
+	return &CA{Cert: ca.Sign(t, key.Public(), func(c *x509.Certificate) {
+		c.IsCA, c.KeyUsage, c.ExtKeyUsage, c.DNSNames, c.IPAddresses = true, x509.KeyUsageCertSign, nil, nil, nil
+	}), key: key}
+}
+
 // PEM is the authority's certificate.
 func (ca *CA) PEM() []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.Cert.Raw})
