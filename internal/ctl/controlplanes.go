@@ -218,6 +218,9 @@ func (a *app) reach(ctx context.Context, cp controlPlane) error {
 	if i.Product != conf.Build().Product {
 		return errs.New(errs.Invalid, "this kumactl is for %q, but %s is a control plane of %q", conf.Build().Product, c.base, i.Product)
 	}
+	if c.detour != nil {
+		c.detour.try(ctx, c)
+	}
 	return nil
 }
 

@@ -2,6 +2,7 @@ package ctl
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/url"
@@ -70,4 +71,24 @@ func (d *detour) find(ctx context.Context, plain *client) error {
 		*door.client = c
 	}
 	return nil
+}
+
+// try warns of what will keep requests from their way over TLS: an authority
+// that is not known, most likely.
+func (d *detour) try(ctx context.Context, plain *client) {
+	if err := d.find(ctx, plain); err != nil {
+		d.app.warn("%v", err)
+		return
+	}
+	for _, c := range []*client{d.api, d.admin} {
+		if c == nil {
+			continue
+		}
+		if _, err := c.index(ctx); err != nil {
+			// The admin server has no index; that it answers is enough.
+			if _, none := errors.AsType[*unreachable](err); none {
+				d.app.warn("%v", err)
+			}
+		}
+	}
 }
