@@ -96,7 +96,7 @@ func (r *room) manual(env *testscript.Env) error {
 	}
 	env.Setenv("PATH", strings.Join([]string{r.Bin, bin, os.Getenv("PATH")}, ":"))
 	env.Setenv("HOME", filepath.Join(env.WorkDir, "home"))
-	pairs := []string{"/tmp/", tmp + "/", "<KUMA_CP_DNS_NAME>", "localhost"}
+	pairs := []string{"/tmp/", tmp + "/", "<KUMA_CP_DNS_NAME>", "localhost", "<CROSS_ZONE_KUMA_CP_DNS_NAME>", "localhost"}
 	ports, err := r.Ports(len(manualPorts) + 4)
 	if err != nil {
 		return err
@@ -123,7 +123,7 @@ func (r *room) manual(env *testscript.Env) error {
 	reading.real = strings.NewReplacer(pairs...)
 	var back []string
 	for i := 0; i < len(pairs); i += 2 {
-		if pairs[i] != "<KUMA_CP_DNS_NAME>" && !strings.HasPrefix(pairs[i], "$") {
+		if !strings.HasPrefix(pairs[i], "<") && !strings.HasPrefix(pairs[i], "$") {
 			back = append(back, pairs[i+1], pairs[i])
 		}
 	}
