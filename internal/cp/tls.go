@@ -369,9 +369,13 @@ func (a *clientCAs) pool() *x509.CertPool {
 }
 
 // secure has an HTTP server speak TLS. HTTP/2 is left out where the suites lack
-// those that it demands (RFC 9113, section 9.2.2).
+// those that it demands (RFC 9113, section 9.2.2). A handshake has an end also
+// where the server has no timeouts.
 func secure(s *http.Server, t *tls.Config) {
 	s.TLSConfig = t
+	if s.ReadHeaderTimeout <= 0 && s.ReadTimeout <= 0 && s.WriteTimeout <= 0 {
+		s.ReadHeaderTimeout = handshakeTimeout
+	}
 	demanded := []uint16{tls.TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256, tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256}
 	if t.CipherSuites == nil || slices.ContainsFunc(demanded, func(id uint16) bool { return slices.Contains(t.CipherSuites, id) }) {
 		return

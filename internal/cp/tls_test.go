@@ -60,7 +60,7 @@ func secured(t *testing.T, ca *cptest.CA) (cp.Config, pairFiles) {
 	cfg := config(t)
 	cfg.General.TLSCertFile, cfg.General.TLSKeyFile = files.cert, files.key
 	cfg.General.TLSReloadInterval = 5 * time.Millisecond
-	cfg.Diagnostics.TLSEnabled = true
+	cfg.Diagnostics.TLSEnabled, cfg.MonitoringAssignmentServer.TLSEnabled = true, true
 	cfg.DPServer.Authn.DPProxy.Type = auth.ProxyNone
 	return cfg, files
 }
@@ -72,6 +72,8 @@ func doors(cfg cp.Config) map[string]string {
 		"KUMA_DP_SERVER":        at(cfg.DPServer.Port),
 		"KUMA_API_SERVER_HTTPS": at(cfg.APIServer.HTTPS.Port),
 		"KUMA_DIAGNOSTICS":      at(cfg.Diagnostics.ServerPort),
+
+		"KUMA_MONITORING_ASSIGNMENT_SERVER": at(cfg.MonitoringAssignmentServer.Port),
 	}
 }
 
@@ -106,7 +108,7 @@ func eventually(t *testing.T, what string, condition func() bool) {
 	}
 }
 
-// HRD-20, HRD-33: a hundred xDS streams and a connection to the API stay open
+// HRD-33: a hundred xDS streams and a connection to the API stay open
 // while the certificate is replaced twenty times, in place and by symbolic
 // links; each time new connections see the new one on every port, and what is
 // told to proxies who ask for a bootstrap is of the new one.
@@ -261,6 +263,7 @@ func TestBadPairsOfServers(t *testing.T) {
 		{"KUMA_DP_SERVER_TLS_CERT_FILE", func(c *cp.Config) *cp.ServerTLS { return &c.DPServer.ServerTLS }},
 		{"KUMA_API_SERVER_HTTPS_TLS_CERT_FILE", func(c *cp.Config) *cp.ServerTLS { return &c.APIServer.HTTPS.ServerTLS }},
 		{"KUMA_DIAGNOSTICS_TLS_CERT_FILE", func(c *cp.Config) *cp.ServerTLS { return &c.Diagnostics.ServerTLS }},
+		{"KUMA_MONITORING_ASSIGNMENT_SERVER_TLS_CERT_FILE", func(c *cp.Config) *cp.ServerTLS { return &c.MonitoringAssignmentServer.ServerTLS }},
 		{"KUMA_MULTIZONE_GLOBAL_KDS_TLS_CERT_FILE", func(c *cp.Config) *cp.ServerTLS { return &c.Multizone.Global.KDS.ServerTLS }},
 	} {
 		t.Run(c.setting, func(t *testing.T) {
@@ -543,6 +546,8 @@ func TestNothingIsResumed(t *testing.T) {
 func TestHelloHasAnEnd(t *testing.T) {
 	ca := cptest.NewCA(t)
 	cfg, _ := secured(t, ca)
+	// Not even where an operator has turned the API's own timeouts off.
+	cfg.APIServer.ReadHeaderTimeout, cfg.APIServer.ReadTimeout, cfg.APIServer.WriteTimeout = 0, 0, 0
 	run(t, cfg)
 	for name, address := range doors(cfg) {
 		t.Run(name, func(t *testing.T) {
@@ -574,6 +579,8 @@ func TestTLSSettings(t *testing.T) {
 		{[]string{"KUMA_DP_SERVER_TLS_KEY_FILE=/a"}, "KUMA_DP_SERVER_TLS_CERT_FILE: is missing, but KUMA_DP_SERVER_TLS_KEY_FILE is set"},
 		{[]string{"KUMA_API_SERVER_HTTPS_TLS_CERT_FILE=/a"}, "KUMA_API_SERVER_HTTPS_TLS_KEY_FILE: is missing"},
 		{[]string{"KUMA_DIAGNOSTICS_TLS_CERT_FILE=/a"}, "KUMA_DIAGNOSTICS_TLS_KEY_FILE: is missing"},
+		{[]string{"KUMA_MONITORING_ASSIGNMENT_SERVER_TLS_KEY_FILE=/a"}, "KUMA_MONITORING_ASSIGNMENT_SERVER_TLS_CERT_FILE: is missing"},
+		{[]string{"KUMA_MONITORING_ASSIGNMENT_SERVER_TLS_MAX_VERSION=x"}, "KUMA_MONITORING_ASSIGNMENT_SERVER_TLS_MAX_VERSION: unsupported tls version: x"},
 		{[]string{"KUMA_MULTIZONE_GLOBAL_KDS_TLS_CERT_FILE=/a"}, "KUMA_MULTIZONE_GLOBAL_KDS_TLS_KEY_FILE: is missing"},
 		{[]string{"KUMA_GENERAL_TLS_MIN_VERSION=1.2"}, "KUMA_GENERAL_TLS_MIN_VERSION: unsupported tls version: 1.2 supported versions:[TLSv1_2 TLSv1_3]"},
 		{[]string{"KUMA_DP_SERVER_TLS_MIN_VERSION=TLSv1_0"}, "KUMA_DP_SERVER_TLS_MIN_VERSION: unsupported tls version: TLSv1_0"},

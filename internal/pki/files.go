@@ -142,7 +142,7 @@ type watched struct {
 	bad   int    // looks in a row that found something wrong
 	told  string // the fault that was told
 	last  time.Time
-	aging int // what was told of the age: 1 due, 2 nearly over
+	aging int // what was told of the age: 1 due, 2 nearly over, 3 over
 }
 
 // stamp is what a file looks like from outside.
@@ -248,6 +248,9 @@ func (w *watched) age(now time.Time) {
 	due := RenewalDue(begin, end, now, w.last)
 	w.last = now
 	switch late := !now.Before(begin.Add(end.Sub(begin) / 10 * 9)); {
+	case now.After(end) && w.aging < 3:
+		w.aging = 3
+		w.files.cfg.Log.Error("a certificate file has ended: what rests on it is refused until a new one is there", "setting", w.setting, "files", w.of.paths(), "until", end.UTC().Format(time.RFC3339))
 	case late && w.aging < 2:
 		w.aging = 2
 		w.files.cfg.Log.Error("a certificate file ends soon; put a new one there", "setting", w.setting, "files", w.of.paths(), "until", end.UTC().Format(time.RFC3339))

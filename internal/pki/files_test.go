@@ -556,6 +556,12 @@ func TestPairAges(t *testing.T) {
 		if c, err := p.Certificate(); err == nil || !strings.Contains(err.Error(), at.cert) {
 			t.Errorf("what has ended is shown: %v %v", c, err)
 		}
+		for range 3 {
+			watch.Look()
+		}
+		if said := log.lines("has ended"); len(said) != 1 || len(log.lines("level=")) != 3 {
+			t.Errorf("after the end the log says %q", log.lines("level="))
+		}
 		next := mint(t, nil, nil)
 		at.put(t, certPEM(next), next.keyPEM(t))
 		shows(t, p, next)
