@@ -97,7 +97,7 @@ func (r *room) manual(env *testscript.Env) error {
 	env.Setenv("PATH", strings.Join([]string{r.Bin, bin, os.Getenv("PATH")}, ":"))
 	env.Setenv("HOME", filepath.Join(env.WorkDir, "home"))
 	pairs := []string{"/tmp/", tmp + "/", "<KUMA_CP_DNS_NAME>", "localhost", "<CROSS_ZONE_KUMA_CP_DNS_NAME>", "localhost"}
-	ports, err := r.Ports(len(manualPorts) + 4)
+	ports, err := r.Ports(len(manualPorts) + 5)
 	if err != nil {
 		return err
 	}
@@ -109,7 +109,7 @@ func (r *room) manual(env *testscript.Env) error {
 	for i, port := range ports[len(manualPorts):] {
 		env.Setenv(fmt.Sprint("PORT", i+1), strconv.Itoa(port))
 		pairs = append(pairs, fmt.Sprintf("$PORT%d", i+1), strconv.Itoa(port))
-		pairs = append(pairs, []string{"16379", "6379", "18080", "8080"}[i], strconv.Itoa(port)) // on pages
+		pairs = append(pairs, []string{"16379", "6379", "18080", "8080", "5670"}[i], strconv.Itoa(port)) // on pages
 	}
 	// kumactl without configuration, but for this control plane.
 	config := fmt.Sprintf("contexts: [{name: local, controlPlane: local}]\ncontrolPlanes: [{name: local, coordinates: {apiServer: {url: 'http://localhost:%d'}}}]\ncurrentContext: local\n",
