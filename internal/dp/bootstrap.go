@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"kuma/internal/errs"
+	"kuma/internal/names"
 )
 
 // Build says how this program was built; the control plane shows it.
@@ -81,6 +82,7 @@ func (c *Config) features() []string {
 	}{
 		{c.Link, featureLink},
 		{c.Link, featureTrustFile},
+		{c.MetricsCert != "", names.FeatureMetricsFile},
 		{c.DeltaXDS, "feature-delta-grpc"},
 		{c.BindOutbounds, "feature-bind-outbounds"},
 		{c.UnifiedNaming, "feature-unified-resource-naming"},

@@ -55,7 +55,8 @@ func Run(ctx context.Context, cfg Config, b Build, pod string) error {
 	if err != nil {
 		return err
 	}
-	if err := cfg.checkMetricsPair(); err != nil {
+	metricsPair, err := cfg.openMetricsPair()
+	if err != nil {
 		return err
 	}
 	me, warnings, err := cfg.load(pod)
@@ -130,7 +131,7 @@ func Run(ctx context.Context, cfg Config, b Build, pod string) error {
 		running.Go(func() { _ = server.Serve(socket) })
 		defer server.Stop()
 	}
-	gauges, err := cfg.openMetrics(dir)
+	gauges, err := cfg.openMetrics(dir, metricsPair)
 	if err != nil {
 		return err
 	}

@@ -12,7 +12,6 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -20,7 +19,6 @@ import (
 	"time"
 
 	"kuma/internal/errs"
-	"kuma/internal/pki"
 )
 
 // metrics is kuma-dp's server of merged metrics: Envoy's statistics and, below
@@ -35,8 +33,10 @@ type metrics struct {
 	// dynamic is what MeshMetric says, admin and legacy come with the first
 	// configuration: legacy lists the applications of the mesh's own metrics.
 	dynamic *dynamic
-	admin   atomic.Pointer[admin]
-	legacy  atomic.Pointer[[]application]
+	// pair is what Envoy serves metrics with, nil if there is none.
+	pair   *metricsPair
+	admin  atomic.Pointer[admin]
+	legacy atomic.Pointer[[]application]
 	// slots bounds how many scrapes run at a time, queue how many run or wait.
 	slots, queue chan struct{}
 	// left is how many bytes applications may still answer with, in all scrapes
@@ -76,14 +76,22 @@ func listenMetrics(path string) (net.Listener, error) {
 	return l, nil
 }
 
-// openMetrics opens the server's socket in the working directory.
-func (c *Config) openMetrics(dir *workdir) (*metrics, error) {
+// openMetrics opens the server's socket in the working directory, and puts the
+// certificate there with which Envoy is to serve metrics.
+func (c *Config) openMetrics(dir *workdir, pair *metricsPair) (*metrics, error) {
 	l, err := listenMetrics(dir.sockets.Metrics())
 	if err != nil {
 		return nil, err
 	}
 	m := newMetrics(c.Log, newDynamic(dir.sockets.DynamicConfig(), c.Log))
 	m.socket, m.interval = l, c.DynamicInterval
+	if m.pair = pair; pair != nil {
+		pair.file = dir.sockets.MetricsCertificate()
+		if err := pair.write(); err != nil {
+			_ = l.Close()
+			return nil, err
+		}
+	}
 	return m, nil
 }
 
@@ -105,6 +113,9 @@ func (m *metrics) aggregate(list []application) {
 func (m *metrics) serve(ctx context.Context) {
 	var following sync.WaitGroup
 	following.Go(func() { m.dynamic.run(ctx, m.interval) })
+	if m.pair != nil {
+		following.Go(func() { m.pair.run(ctx) })
+	}
 	defer following.Wait()
 	srv := &http.Server{
 		Handler: m, ReadTimeout: 5 * time.Second, WriteTimeout: longestScrape + 5*time.Second, IdleTimeout: 90 * time.Second,
@@ -287,29 +298,6 @@ func (m *metrics) answer(ctx context.Context, w http.ResponseWriter, p *pipeline
 	}
 	if err := out.end(); err != nil {
 		return fmt.Errorf("write metrics: %w: %w", errBegun, err)
-	}
-	return nil
-}
-
-// checkMetricsPair checks the certificate with which Envoy is to serve metrics:
-// Envoy itself would refuse the listener, and the user would have to find out
-// why. The paths become absolute, as others read them too.
-func (c *Config) checkMetricsPair() error {
-	if c.MetricsCert == "" {
-		return nil // and no key either
-	}
-	for _, p := range []*string{&c.MetricsCert, &c.MetricsKey} {
-		abs, err := filepath.Abs(*p)
-		if err != nil {
-			return errs.New(errs.Invalid, "--metrics-cert-path and --metrics-key-path: %w", err)
-		}
-		*p = abs
-	}
-	if _, _, err := pki.LoadPair(c.MetricsCert, c.MetricsKey); err != nil {
-		return errs.New(errs.Invalid, "--metrics-cert-path and --metrics-key-path (KUMA_DATAPLANE_RUNTIME_METRICS_CERT_PATH, KUMA_DATAPLANE_RUNTIME_METRICS_KEY_PATH): %w", err)
-	}
-	if i, err := os.Stat(c.MetricsKey); err == nil && i.Mode().Perm()&0o004 != 0 {
-		c.Log.Warn("every user of this machine can read the key of the metrics' certificate; take that right away with chmod o-r", "file", c.MetricsKey)
 	}
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -30,6 +31,7 @@ import (
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
 
+	"kuma/internal/names"
 	"kuma/internal/pki"
 )
 
@@ -883,7 +885,7 @@ func TestMetricsPair(t *testing.T) {
 	dir := t.TempDir()
 	write := func(name string, b []byte) string {
 		p := filepath.Join(dir, name)
-		if err := os.WriteFile(p, b, 0o600); err != nil {
+		if err := pki.WriteFile(p, b); err != nil {
 			t.Fatal(err)
 		}
 		return p
@@ -899,19 +901,91 @@ func TestMetricsPair(t *testing.T) {
 	_, other := pair("b")
 	rubbish := write("rubbish", []byte("rubbish"))
 	for _, c := range []struct{ cert, key, want string }{
-		{"", "", ""},
-		{cert, key, ""},
 		{cert, other, "is not the key of certificate file"},
-		{rubbish, key, "must be PEM"},
+		{rubbish, key, rubbish},
 		{cert, rubbish, rubbish},
 		{filepath.Join(dir, "none"), key, "no such file"},
 	} {
 		cfg := Config{MetricsCert: c.cert, MetricsKey: c.key, Log: slog.New(slog.DiscardHandler)}
-		err := cfg.checkMetricsPair()
-		if (err == nil) != (c.want == "") || err != nil && (!strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), "KUMA_DATAPLANE_RUNTIME_METRICS_CERT_PATH")) {
+		_, err := cfg.openMetricsPair()
+		if err == nil || !strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), "KUMA_DATAPLANE_RUNTIME_METRICS_CERT_PATH") {
 			t.Errorf("%s %s: %v, want %q", c.cert, c.key, err, c.want)
 		}
 	}
+	if m, err := new(Config).openMetricsPair(); m != nil || err != nil {
+		t.Errorf("without files: %v, error %v", m, err)
+	}
+
+	// Envoy's file follows the user's, and only good ones.
+	log := &journal{t: t}
+	cfg := Config{MetricsCert: cert, MetricsKey: key, Log: slog.New(slog.NewTextHandler(log, nil))}
+	m, err := cfg.openMetricsPair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.file = filepath.Join(dir, "envoy.json")
+	read := func() (version string, chain []byte) {
+		t.Helper()
+		m.files.Look()
+		if err := m.write(); err != nil {
+			t.Fatal(err)
+		}
+		b, err := os.ReadFile(m.file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var doc struct {
+			Version   string `json:"version_info"`
+			Resources []struct {
+				Name string `json:"name"`
+				TLS  struct {
+					Chain struct {
+						Bytes []byte `json:"inline_bytes"`
+					} `json:"certificate_chain"`
+					Key struct {
+						Bytes []byte `json:"inline_bytes"`
+					} `json:"private_key"`
+				} `json:"tls_certificate"`
+			} `json:"resources"`
+		}
+		if err := json.Unmarshal(b, &doc); err != nil || len(doc.Resources) != 1 {
+			t.Fatalf("%v: %s", err, b)
+		}
+		r := doc.Resources[0]
+		if _, err := tls.X509KeyPair(r.TLS.Chain.Bytes, r.TLS.Key.Bytes); err != nil || r.Name != names.MetricsSecret {
+			t.Errorf("%s: %v", r.Name, err)
+		}
+		return doc.Version, r.TLS.Chain.Bytes
+	}
+	want := func(version string, file string) {
+		t.Helper()
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if v, chain := read(); v != version || !bytes.Equal(chain, text) {
+			t.Errorf("version %s, want %s with what is in %s", v, version, file)
+		}
+	}
+	want("1", cert)
+	want("1", cert)
+	if i, err := os.Stat(m.file); err != nil || i.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v, error %v, want 0600", i.Mode(), err)
+	}
+	first, err := os.ReadFile(cert)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept := write("kept.crt", first)
+	write("a.crt", []byte("rubbish"))
+	for range 5 {
+		want("1", kept)
+	}
+	if !strings.Contains(log.String(), "a.crt") {
+		t.Errorf("the bad file is not named:\n%s", log.String())
+	}
+	pair("a")
+	want("2", cert)
 }
 
 // A list that leads back to the proxy's own metrics ends at once.

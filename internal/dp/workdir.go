@@ -105,7 +105,7 @@ func (w *workdir) write(name string, data []byte) (string, error) {
 
 // clean removes this program's own files, and nothing else.
 func (w *workdir) clean() {
-	for _, p := range []string{filepath.Join(w.path, bootstrapFile), w.sockets.Admin(), w.sockets.SDS(), w.sockets.Trust(), w.sockets.AccessLog(), w.sockets.Metrics(), w.sockets.DynamicConfig(), w.token} {
+	for _, p := range []string{filepath.Join(w.path, bootstrapFile), w.sockets.Admin(), w.sockets.SDS(), w.sockets.Trust(), w.sockets.AccessLog(), w.sockets.Metrics(), w.sockets.DynamicConfig(), w.sockets.MetricsCertificate(), w.token} {
 		if p != "" {
 			_ = os.Remove(p)
 		}

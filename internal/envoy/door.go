@@ -44,6 +44,9 @@ type Self struct {
 	// MetricsCert and MetricsKey are files, where kuma-dp runs, with which Envoy
 	// serves metrics; both or neither.
 	MetricsCert, MetricsKey string
+	// MetricsFile says that kuma-dp checks those files and puts what is in them
+	// into one that Envoy watches.
+	MetricsFile bool
 }
 
 // A Door is a port of the proxy that is neither inbound nor outbound: it leads
@@ -125,7 +128,9 @@ func (c *Config) OpenMetrics(because resource.Key, m Metrics) bool {
 		if s.MetricsCert == "" || s.MetricsKey == "" {
 			return fail("providedTLS needs a certificate and a key beside the proxy; start kuma-dp with --metrics-cert-path and --metrics-key-path (KUMA_DATAPLANE_RUNTIME_METRICS_CERT_PATH, KUMA_DATAPLANE_RUNTIME_METRICS_KEY_PATH)")
 		}
-		tls = FileTLS(s.MetricsCert, s.MetricsKey)
+		if tls = FileTLS(s.MetricsCert, s.MetricsKey); s.MetricsFile {
+			tls = watchedTLS(s.Sockets)
+		}
 	case MeshMetricsTLS:
 		if !s.MutualTLS {
 			return fail("they are to be secured by the mesh's mutual TLS, and the mesh has none; enable mtls, or choose another mode")
@@ -195,6 +200,21 @@ func FileTLS(cert, key string) *tlsv3.DownstreamTlsContext {
 		TlsParams:       tlsParams(),
 		TlsCertificates: []*tlsv3.TlsCertificate{{CertificateChain: file(cert), PrivateKey: file(key)}},
 		AlpnProtocols:   []string{"h2", "http/1.1"},
+	}}
+}
+
+// watchedTLS serves with the certificate that kuma-dp keeps in a file, as it is
+// at the moment, and asks for none.
+func watchedTLS(s names.Sockets) *tlsv3.DownstreamTlsContext {
+	return &tlsv3.DownstreamTlsContext{CommonTlsContext: &tlsv3.CommonTlsContext{
+		TlsParams: tlsParams(),
+		TlsCertificateSdsSecretConfigs: []*tlsv3.SdsSecretConfig{{Name: names.MetricsSecret, SdsConfig: &corev3.ConfigSource{
+			ResourceApiVersion: corev3.ApiVersion_V3,
+			ConfigSourceSpecifier: &corev3.ConfigSource_PathConfigSource{PathConfigSource: &corev3.PathConfigSource{
+				Path: s.MetricsCertificate(), WatchedDirectory: &corev3.WatchedDirectory{Path: s.Dir},
+			}},
+		}}},
+		AlpnProtocols: []string{"h2", "http/1.1"},
 	}}
 }
 

@@ -56,6 +56,15 @@ const (
 	Readiness = "kuma:readiness"
 )
 
+// What a kuma-dp is able to hand its Envoy by itself (ours).
+const (
+	// FeatureMetricsFile is announced by a kuma-dp that writes the certificate
+	// with which Envoy serves metrics into Sockets.MetricsCertificate.
+	FeatureMetricsFile = "feature-metrics-file"
+	// MetricsSecret is the name of the secret in that file.
+	MetricsSecret = "kuma:metrics:cert"
+)
+
 // IdentitySecret is the name of the secret with a proxy's certificate for
 // Mesh.mtls, "identity_cert:secret:<mesh>".
 func IdentitySecret(mesh string) string { return "identity_cert:secret:" + mesh }
@@ -194,6 +203,13 @@ func (s Sockets) SDS() string { return s.join("kuma-sds") }
 // Trust is the file with the authorities of the control plane that Envoy
 // watches: "<dir>/kuma-cp-trust.json" (ours).
 func (s Sockets) Trust() string { return strings.TrimSuffix(s.Dir, "/") + "/kuma-cp-trust.json" }
+
+// MetricsCertificate is the file with the certificate and the key with which
+// Envoy serves metrics, and which it watches: "<dir>/kuma-metrics-cert.json"
+// (ours).
+func (s Sockets) MetricsCertificate() string {
+	return strings.TrimSuffix(s.Dir, "/") + "/kuma-metrics-cert.json"
+}
 
 func (s Sockets) join(name string) string {
 	p := strings.TrimSuffix(s.Dir, "/") + "/" + name

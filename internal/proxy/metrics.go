@@ -14,7 +14,7 @@ func (w *work) self() {
 		Dataplane: w.dp.Name, Zone: w.dp.Labels[mesh.LabelZone], Labels: w.dp.Labels, Tags: w.dp.Spec.Tags(), Service: w.dp.Spec.MainService(), Gateway: w.net.Gateway != nil,
 		MutualTLS: w.backend != nil, Link: w.proxy.Link,
 		Sockets:     names.Sockets{Dir: w.proxy.Workdir, Proxy: w.proxy.Key.Name, Mesh: w.proxy.Key.Mesh},
-		MetricsCert: w.proxy.MetricsCert, MetricsKey: w.proxy.MetricsKey,
+		MetricsCert: w.proxy.MetricsCert, MetricsKey: w.proxy.MetricsKey, MetricsFile: w.proxy.Features[names.FeatureMetricsFile],
 	}
 	if own := w.addresses(w.net.Address); w.net.Address != "" && len(own) > 0 {
 		s.Address = own[0]

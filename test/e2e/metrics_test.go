@@ -195,6 +195,21 @@ spec:
 		t.Errorf("they are served without TLS too: %d families", len(all))
 	}
 	r.closed(plain)
+	next, both := filepath.Join(r.Dir, "next"), ""
+	_, err = cp.Kumactl("", "generate", "tls-certificate", "--type=server", "--hostname=127.0.0.1", "--cert-file="+next+".crt", "--key-file="+next+".key")
+	r.must(err)
+	for _, ending := range []string{".key", ".crt"} { // one after the other, as users do
+		text, err := os.ReadFile(next + ending)
+		r.must(err)
+		r.must(os.WriteFile(pair+ending, text, 0o600))
+		both += string(text)
+	}
+	renewed := x509.NewCertPool()
+	renewed.AppendCertsFromPEM([]byte(both))
+	r.await("a certificate that is replaced is served", func() error {
+		_, err := r.families(over(&tls.Config{RootCAs: renewed}), url("https", secured))
+		return err
+	})
 
 	mutual := r.port()
 	policy(mutual, "ActiveMTLSBackend", "")

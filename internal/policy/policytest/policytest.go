@@ -145,11 +145,17 @@ func (c *testCase) run() {
 	}
 	p := proxy.Proxy{Key: rs[first].Key(), Workdir: workdir}
 	if f := c.file("proxy.yaml"); f != nil {
-		var says struct{ MetricsCert, MetricsKey string }
+		var says struct {
+			MetricsCert, MetricsKey string
+			Features                []string
+		}
 		if err := yaml.UnmarshalStrict(f.Data, &says); err != nil {
 			c.t.Fatal(err)
 		}
-		p.MetricsCert, p.MetricsKey = says.MetricsCert, says.MetricsKey
+		p.MetricsCert, p.MetricsKey, p.Features = says.MetricsCert, says.MetricsKey, map[string]bool{}
+		for _, name := range says.Features {
+			p.Features[name] = true
+		}
 	}
 	res, issues := generate(c.t, c.policies, rs, p)
 	if f := c.file("issues.txt"); f != nil {
