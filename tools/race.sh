@@ -11,7 +11,7 @@ command -v "${compiler%% *}" >/dev/null || {
 	echo "race: the race detector needs a C compiler, and $compiler is not there (Debian: apt-get install gcc libc6-dev)" >&2
 	exit 1
 }
-mapfile -t packages < <(git ls-files -co --exclude-standard -- '*.go' | grep -E '^(cmd|internal|test)/' | grep -v '^test/e2e/' |
+mapfile -t packages < <(git ls-files -co --exclude-standard -- '*.go' | grep -E '^(cmd|internal|test)/' | grep -vE '^test/(e2e|prometheus)/' |
 	while read -r f; do [ ! -f "$f" ] || echo "$f"; done |
 	xargs -r grep -lE '^[[:space:]]*go [A-Za-z_(]|\.Go\(|\<sync\.|\<atomic\.' |
 	xargs -r -n 1 dirname | sort -u | while read -r dir; do
