@@ -81,6 +81,9 @@ type General struct {
 	// AdvertisedHostname is a name or an address under which clients reach this
 	// control plane; the certificate that it makes itself is for it too.
 	AdvertisedHostname string `json:"advertisedHostname"`
+	// DNSCacheTTL is how long the address of a host name holds that a Dataplane
+	// has for its address; then it is looked up again.
+	DNSCacheTTL time.Duration `json:"dnsCacheTTL" env:"KUMA_GENERAL_DNS_CACHE_TTL"`
 	// CertGenerationBaseBackoff is how long a proxy waits after its first
 	// failure to get a certificate, CertGenerationMaxBackoff at most.
 	CertGenerationBaseBackoff time.Duration `json:"certGenerationBaseBackoff"`
@@ -328,7 +331,7 @@ type IPAM struct {
 func Default() Config {
 	return Config{
 		General: General{
-			TLSMinVersion: "TLSv1_2", TLSCipherSuites: []string{}, TLSReloadInterval: pki.DefaultReload, TLSCAStore: caInFile,
+			TLSMinVersion: "TLSv1_2", TLSCipherSuites: []string{}, TLSReloadInterval: pki.DefaultReload, DNSCacheTTL: 10 * time.Second, TLSCAStore: caInFile,
 			CertGenerationBaseBackoff: 5 * time.Second, CertGenerationMaxBackoff: 5 * time.Minute,
 		},
 		Environment: "universal",

@@ -75,6 +75,8 @@ type ControlPlane struct {
 	insights *insight.Recorder
 	channel  *adminChannel
 
+	// hosts resolves the names that Dataplanes have for addresses.
+	hosts   *resolver
 	metrics *metrics
 	levels  levels
 	// administers says who may do what only administrators may.
@@ -189,7 +191,8 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	})
 
 	// Proxies: what they get, who is here, and the doors to them.
-	generator := proxy.New(proxy.Config{Policies: catalog.Policies(), Zone: zone, InternalCIDRs: cfg.IPAM.KnownInternalCIDRs})
+	c.hosts = newResolver(c.tracker, cfg.General.DNSCacheTTL, log.With("logger", "dns"))
+	generator := proxy.New(proxy.Config{Policies: catalog.Policies(), Zone: zone, Resolve: c.hosts.resolve, InternalCIDRs: cfg.IPAM.KnownInternalCIDRs})
 	issuer := identity.New(identity.Config{Picture: c.tracker.Now})
 	c.sessions = session.New(session.Config{
 		Tracker: c.tracker, Store: c.store, Gate: gate, Credentials: checker, Delay: deregistration(cfg.XDSServer.DataplaneDeregistrationDelay),
@@ -490,6 +493,7 @@ func (c *ControlPlane) Run(ctx context.Context) error {
 	part("upkeep", c.keeper.Run)
 	part("sessions", c.sessions.Run)
 	part("insights", c.insights.Run)
+	part("names of hosts", c.hosts.run)
 	part("admin channel", c.channel.Run)
 	part("rotation", c.rotator.Run)
 	part("shared authority", c.followAuthority)

@@ -33,7 +33,7 @@ func ignored() map[string]string {
 		"monitoringAssignmentServer.assignmentRefreshInterval": polling, "tracing": later, "reports": "this product reports to nobody", "eventBus": polling,
 		"experimental": later, "proxy": later, "defaults.skipTenantResources": later, "defaults.SkipHostnameGenerators": later,
 		"KUMA_DEFAULTS_SKIP_HOSTNAME_GENERATORS": later,
-		"general.dnsCacheTTL":                    later, "general.resilientComponentBaseBackoff": later, "general.resilientComponentMaxBackoff": later,
+		"general.resilientComponentBaseBackoff":  later, "general.resilientComponentMaxBackoff": later,
 		"general.certGenerationCircuitBreakerMinProxies": later,
 		"apiServer.gui": later, "apiServer.rootUrl": later,
 		"bootstrapServer.params.xdsGrpcMaxReceiveMessageBytes": "Envoy's own gRPC client has no such limit",
@@ -112,6 +112,7 @@ func (c *Config) check() error {
 		{"xdsServer.maxDelay", c.XDSServer.MaxDelay},
 		{"xdsServer.dataplaneStatusFlushInterval", c.XDSServer.DataplaneStatusFlushInterval},
 		{"dpServer.hds.interval", c.DPServer.HDS.Interval},
+		{"general.dnsCacheTTL", c.General.DNSCacheTTL},
 		{"runtime.universal.dataplaneCleanupAge", c.Runtime.Universal.DataplaneCleanupAge},
 	} {
 		if d.v <= 0 {

@@ -209,3 +209,35 @@ func TestAs(t *testing.T) {
 		}
 	})
 }
+
+// TestRenew: what is renewed counts as changed, with what the store has.
+func TestRenew(t *testing.T) {
+	in(t, func(t *testing.T, s store.Store, tr *state.Tracker) {
+		rev := put(t, s, mesh.Meshes.Make("", "default", &mesh.MeshSpec{}), dataplane("a", "web", "http"), dataplane("b", "web", "http"))
+		if err := tr.Await(t.Context(), rev); err != nil {
+			t.Fatal(err)
+		}
+		old := tr.Now()
+		changed, stop := tr.Subscribe()
+		defer stop()
+		<-changed
+		a := mesh.Dataplanes.Key("default", "a")
+		tr.Renew(a, a, mesh.Dataplanes.Key("default", "gone"))
+		<-changed
+		now := tr.Now()
+		changes, known := now.Since(old)
+		if !known || len(changes) != 1 || changes[0].Key != a || changes[0].New != old.Get(a) || changes[0].Old != changes[0].New || now.Revision != rev {
+			t.Errorf("%v, %+v, revision %d after %d", known, changes, now.Revision, rev)
+		}
+		// What changes anyway is not put back to what it was.
+		tr.Renew(a)
+		rev = put(t, s, dataplane("a", "web", "grpc"))
+		tr.Renew(a)
+		if err := tr.Await(t.Context(), rev); err != nil {
+			t.Fatal(err)
+		}
+		if p := tr.Now().Mesh("default").Protocol("web"); p == "http" || tr.Now().Revision != rev {
+			t.Errorf("web speaks %q at revision %d", p, tr.Now().Revision)
+		}
+	})
+}

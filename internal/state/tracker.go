@@ -34,6 +34,9 @@ type Tracker struct {
 
 	mu   sync.Mutex
 	subs map[chan struct{}]struct{}
+	// renewed are to count as changed; renew gets a signal.
+	renewed []resource.Key
+	renew   chan struct{}
 }
 
 // New makes a tracker; Run starts it.
@@ -44,7 +47,7 @@ func New(cfg Config) *Tracker {
 	if cfg.Max == 0 {
 		cfg.Max = 200 * time.Millisecond
 	}
-	t := &Tracker{cfg: cfg, ready: make(chan struct{}), subs: map[chan struct{}]struct{}{}}
+	t := &Tracker{cfg: cfg, ready: make(chan struct{}), subs: map[chan struct{}]struct{}{}, renew: make(chan struct{}, 1)}
 	t.now.Store(empty())
 	t.metrics = newMetrics(t)
 	return t
@@ -70,6 +73,40 @@ func (t *Tracker) Subscribe() (changed <-chan struct{}, stop func()) {
 		defer t.mu.Unlock()
 		delete(t.subs, ch)
 	}
+}
+
+// Renew makes a picture in which these resources count as changed although the
+// store has them as they were: something else that they stand for has changed.
+func (t *Tracker) Renew(keys ...resource.Key) {
+	if len(keys) == 0 {
+		return
+	}
+	t.mu.Lock()
+	t.renewed = append(t.renewed, keys...)
+	t.mu.Unlock()
+	select {
+	case t.renew <- struct{}{}:
+	default:
+	}
+}
+
+// renewals are the changes that Renew asks for, but of what changes anyway.
+func (t *Tracker) renewals(pending []Change) (out []Change) {
+	t.mu.Lock()
+	keys := t.renewed
+	t.renewed = nil
+	t.mu.Unlock()
+	known := map[resource.Key]bool{}
+	for _, c := range pending {
+		known[c.Key] = true
+	}
+	for _, k := range keys {
+		if r := t.Now().Get(k); r != nil && !known[k] {
+			known[k] = true
+			out = append(out, Change{Key: k, New: r})
+		}
+	}
+	return out
 }
 
 // Await returns when the picture is of the revision or a later one.
@@ -153,8 +190,18 @@ func (t *Tracker) follow(ctx context.Context) error {
 				last = e.Revision
 			}
 			due = time.After(min(t.cfg.Quiet, max(0, t.cfg.Max-time.Since(first))))
+		case <-t.renew:
+			more := t.renewals(pending)
+			if len(more) == 0 {
+				continue
+			}
+			if len(pending) == 0 {
+				first = time.Now()
+			}
+			pending = append(pending, more...)
+			due = time.After(min(t.cfg.Quiet, max(0, t.cfg.Max-time.Since(first))))
 		case <-due:
-			t.publish(t.Now().with(last, pending))
+			t.publish(t.Now().with(max(last, t.Now().Revision), pending))
 			pending, due = nil, nil
 		}
 	}
