@@ -17,8 +17,8 @@ import (
 // certificate, with the reason. Each of them is behind a flag or setting with
 // "skip" in its name, warns when it is used, or verifies in another way.
 var unverified = map[string]string{
-	"internal/dp/bootstrap.go": "kuma-dp run --skip-verify, which the contract names and kuma-dp warns of",
-	"internal/ctl/client.go":   "kumactl config control-planes add --skip-verify, which warns",
+	"internal/dp/trust.go":   "kuma-dp run --skip-verify, which the contract names and kuma-dp warns of",
+	"internal/ctl/client.go": "kumactl config control-planes add --skip-verify, which warns",
 }
 
 // TestServersAreVerified is HRD-02: no client of ours skips the verification of

@@ -55,7 +55,7 @@ func Run(ctx context.Context, cfg Config, b Build, pod string) error {
 	if err != nil {
 		return err
 	}
-	metricsPair, err := cfg.openMetricsPair()
+	pair, err := cfg.openMetricsPair()
 	if err != nil {
 		return err
 	}
@@ -131,7 +131,7 @@ func Run(ctx context.Context, cfg Config, b Build, pod string) error {
 		running.Go(func() { _ = server.Serve(socket) })
 		defer server.Stop()
 	}
-	gauges, err := cfg.openMetrics(dir, metricsPair)
+	gauges, err := cfg.openMetrics(dir, pair)
 	if err != nil {
 		return err
 	}
