@@ -18,6 +18,9 @@ type MonitoringAssignmentServer struct {
 	// DefaultFetchTimeout is how long a request waits for a change that does not
 	// say how long.
 	DefaultFetchTimeout time.Duration `json:"defaultFetchTimeout"`
+	// AssignmentRefreshInterval is the shortest time between two renewals of what
+	// is told while proxies come and go; without a change nothing is done.
+	AssignmentRefreshInterval time.Duration `json:"assignmentRefreshInterval"`
 	// APIVersions are those that are served: "v1", which is the only one.
 	APIVersions []string `json:"apiVersions"`
 	// TLSEnabled serves with TLS instead of without.
@@ -35,7 +38,7 @@ type MonitoringAssignmentServer struct {
 const madsEnv = "KUMA_MONITORING_ASSIGNMENT_SERVER"
 
 func defaultMADS() MonitoringAssignmentServer {
-	return MonitoringAssignmentServer{Enabled: true, Port: 5676, DefaultFetchTimeout: 30 * time.Second, APIVersions: []string{"v1"}}
+	return MonitoringAssignmentServer{Enabled: true, Port: 5676, DefaultFetchTimeout: 30 * time.Second, AssignmentRefreshInterval: time.Second, APIVersions: []string{"v1"}}
 }
 
 // faults finds what can't be served.
@@ -48,6 +51,9 @@ func (m *MonitoringAssignmentServer) faults() (bad []errs.Field) {
 	}
 	if m.DefaultFetchTimeout <= 0 {
 		add("_DEFAULT_FETCH_TIMEOUT", "must be positive, such as 30s")
+	}
+	if m.AssignmentRefreshInterval <= 0 {
+		add("_ASSIGNMENT_REFRESH_INTERVAL", "must be positive, such as 1s")
 	}
 	if i := slices.IndexFunc(m.APIVersions, func(v string) bool { return v != "v1" }); i >= 0 || len(m.APIVersions) == 0 {
 		add("_API_VERSIONS", "must be \"v1\", the only version that there is; to serve none set %s_ENABLED=false", madsEnv)
@@ -70,7 +76,7 @@ func (c *ControlPlane) openMADS() error {
 		return nil
 	}
 	log := c.log.With("logger", "mads")
-	handler := mads.New(mads.Config{Tracker: c.tracker, Timeout: cfg.DefaultFetchTimeout, Log: log})
+	handler := mads.New(mads.Config{Tracker: c.tracker, Timeout: cfg.DefaultFetchTimeout, Every: cfg.AssignmentRefreshInterval, Log: log})
 	one := func(r *http.Request) string {
 		if r.URL.Path == mads.Path {
 			return mads.Path

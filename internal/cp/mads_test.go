@@ -81,7 +81,7 @@ func emptyVersion(t *testing.T, url string) string {
 }
 
 // TestMonitoringAssignmentSettings: what can't be served is named with its
-// variable; what has no meaning is taken, and said.
+// variable.
 func TestMonitoringAssignmentSettings(t *testing.T) {
 	const env = "KUMA_MONITORING_ASSIGNMENT_SERVER_"
 	for _, c := range []struct {
@@ -90,6 +90,7 @@ func TestMonitoringAssignmentSettings(t *testing.T) {
 	}{
 		{[]string{"PORT=0"}, env + "PORT: 0 is not a port"},
 		{[]string{"DEFAULT_FETCH_TIMEOUT=0s"}, env + "DEFAULT_FETCH_TIMEOUT: must be positive"},
+		{[]string{"ASSIGNMENT_REFRESH_INTERVAL=0s"}, env + "ASSIGNMENT_REFRESH_INTERVAL: must be positive"},
 		{[]string{"API_VERSIONS=v1,v2"}, env + `API_VERSIONS: must be "v1"`},
 		{[]string{"REQUIRE_CLIENT_CERT=true", "TLS_CA_FILE=ca.pem"}, env + "REQUIRE_CLIENT_CERT: needs TLS: set " + env + "TLS_ENABLED=true"},
 		{[]string{"REQUIRE_CLIENT_CERT=true", "TLS_ENABLED=true"}, env + "REQUIRE_CLIENT_CERT: needs to know whose certificates are taken: set " + env + "TLS_CA_FILE"},
@@ -107,10 +108,10 @@ func TestMonitoringAssignmentSettings(t *testing.T) {
 		}
 	}
 	cfg, warnings, err := cp.Load("", []string{env + "ASSIGNMENT_REFRESH_INTERVAL=5s", env + "API_VERSIONS=v1", env + "DEFAULT_FETCH_TIMEOUT=10s", env + "TLS_ENABLED=true"})
-	if err != nil || len(warnings) != 1 || !strings.Contains(warnings[0], "ASSIGNMENT_REFRESH_INTERVAL") {
+	if err != nil || len(warnings) > 0 {
 		t.Errorf("%v %q", err, warnings)
 	}
-	if m := cfg.MonitoringAssignmentServer; m.DefaultFetchTimeout != 10*time.Second || !m.TLSEnabled || !m.Enabled {
+	if m := cfg.MonitoringAssignmentServer; m.DefaultFetchTimeout != 10*time.Second || m.AssignmentRefreshInterval != 5*time.Second || !m.TLSEnabled || !m.Enabled {
 		t.Errorf("%+v", m)
 	}
 	free := config(t)

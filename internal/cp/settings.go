@@ -30,7 +30,7 @@ func ignored() map[string]string {
 		"meshService.labelPropagation": later, "coreResources": later, "policies": later, "ipam": later, "dnsServer": later,
 		"metrics.mesh": later, "metrics.zone": zones, "metrics.controlPlane": later, "metrics.openTelemetry": later, "metrics.dataplane.idleTimeout": polling,
 		"multizone.global": zones, "multizone.zone": zones, "interCp.catalog": zones, "KUMA_MULTIZONE_*": zones,
-		"monitoringAssignmentServer.assignmentRefreshInterval": polling, "tracing": later, "reports": "this product reports to nobody", "eventBus": polling,
+		"tracing": later, "reports": "this product reports to nobody", "eventBus": polling,
 		"experimental": later, "proxy": later, "defaults.skipTenantResources": later, "defaults.SkipHostnameGenerators": later,
 		"KUMA_DEFAULTS_SKIP_HOSTNAME_GENERATORS": later,
 		"general.resilientComponentBaseBackoff":  later, "general.resilientComponentMaxBackoff": later,

@@ -39,6 +39,9 @@ type Config struct {
 	// Timeout is how long a request waits that does not say how long; the default
 	// is 30 s.
 	Timeout time.Duration
+	// Every is the shortest time between two renewals while proxies come and go;
+	// the default is 1 s. Without a change nothing is renewed.
+	Every time.Duration
 	// MaxWaiting bounds how many requests wait at once; the default is 1000.
 	// Whoever comes then is answered at once, with what there is.
 	MaxWaiting int
@@ -65,8 +68,9 @@ type Server struct {
 
 	mu sync.Mutex
 	// pages are what each client gets in the picture.
-	pic   *state.Picture
-	pages map[string]*page
+	pic     *state.Picture
+	pages   map[string]*page
+	renewed time.Time
 }
 
 // page is what one client gets.
@@ -80,6 +84,9 @@ type page struct {
 func New(cfg Config) *Server {
 	if cfg.Timeout == 0 {
 		cfg.Timeout = 30 * time.Second
+	}
+	if cfg.Every == 0 {
+		cfg.Every = time.Second
 	}
 	if cfg.MaxWaiting == 0 {
 		cfg.MaxWaiting = 1000
@@ -167,7 +174,8 @@ func (s *Server) wait(r *http.Request, client, has string, timeout time.Duration
 	// The subscription comes first: what changes after the look is told.
 	changed, stop := s.cfg.Tracker.Subscribe()
 	defer stop()
-	if p := s.page(client); p.version != has {
+	p, due := s.page(client)
+	if p.version != has {
 		return p
 	}
 	if timeout == 0 {
@@ -183,11 +191,13 @@ func (s *Server) wait(r *http.Request, client, has string, timeout time.Duration
 	up := time.NewTimer(timeout)
 	defer up.Stop()
 	for {
+		var again <-chan time.Time
+		if due > 0 {
+			again = time.After(due)
+		}
 		select {
 		case <-changed:
-			if p := s.page(client); p.version != has {
-				return p
-			}
+		case <-again:
 		case <-up.C:
 			return nil
 		case <-s.closed:
@@ -195,26 +205,33 @@ func (s *Server) wait(r *http.Request, client, has string, timeout time.Duration
 		case <-r.Context().Done():
 			return nil
 		}
+		if p, due = s.page(client); p.version != has {
+			return p
+		}
 	}
 }
 
 // page returns what the client gets now. A client that no backend names gets
-// what is for all of them.
-func (s *Server) page(client string) *page {
+// what is for all of them. Where something has changed since, but it is too early
+// to renew, due is when it is not.
+func (s *Server) page(client string) (p *page, due time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	pic := s.cfg.Tracker.Now()
-	if pic != s.pic {
+	if pic := s.cfg.Tracker.Now(); pic != s.pic {
 		changes, ok := pic.Since(s.pic)
-		if !ok || slices.ContainsFunc(changes, matters) {
-			s.pages = render(pic)
+		switch early := s.cfg.Every - time.Since(s.renewed); {
+		case ok && !slices.ContainsFunc(changes, matters):
+			s.pic = pic
+		case s.pages != nil && early > 0:
+			due = early
+		default:
+			s.pages, s.pic, s.renewed = render(pic), pic, time.Now()
 		}
-		s.pic = pic
 	}
 	if p := s.pages[client]; p != nil {
-		return p
+		return p, due
 	}
-	return s.pages[""]
+	return s.pages[""], due
 }
 
 // matters reports whether a change may concern any target.

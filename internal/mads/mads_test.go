@@ -47,6 +47,9 @@ func open(t testing.TB, cfg mads.Config) *world {
 	})
 	<-w.tracker.Ready()
 	cfg.Tracker = w.tracker
+	if cfg.Every == 0 {
+		cfg.Every = 1 // these tests look at what is there at once
+	}
 	w.Server = mads.New(cfg)
 	w.end = func() {
 		w.Close()
@@ -365,6 +368,42 @@ func TestLongPoll(t *testing.T) {
 			t.Errorf("at the end: %d after %v", res.Code, time.Since(start))
 		}
 		late.Wait()
+	})
+}
+
+// While proxies come and go, assignments are renewed once in a while; the last
+// change is never missed, and the first one is told at once.
+func TestRenewals(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := open(t, mads.Config{Every: time.Second})
+		defer w.end()
+		w.put(two)
+		_, version := w.targets("")
+		time.Sleep(time.Minute)
+		var joining sync.WaitGroup
+		joining.Go(func() {
+			for i := range 100 {
+				time.Sleep(50 * time.Millisecond)
+				w.put(fmt.Sprintf("type: Dataplane\nname: dp-%d\nnetworking: {address: 10.2.0.%d, inbound: [{port: 80, tags: {kuma.io/service: web}}]}\n", i, i+1))
+			}
+		})
+		start, renewals, targets := time.Now(), 0, 0
+		for targets < 102 && renewals < 200 {
+			res := w.ask("", fmt.Sprintf(`{"version_info":%q}`, version))
+			var a answer
+			if err := json.Unmarshal(res.Body.Bytes(), &a); res.Code != 200 || err != nil {
+				t.Fatalf("%d: %v", res.Code, err)
+			}
+			version, targets, renewals = a.Version, len(a.Resources), renewals+1
+			if took := time.Since(start); renewals == 1 && took > 100*time.Millisecond {
+				t.Errorf("the first change is told after %v", took)
+			}
+		}
+		joining.Wait()
+		// 100 changes within 5 s.
+		if took := time.Since(start); renewals < 3 || renewals > 8 || took > 7*time.Second {
+			t.Errorf("%d renewals in %v, %d targets", renewals, took, targets)
+		}
 	})
 }
 
