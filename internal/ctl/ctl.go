@@ -94,6 +94,7 @@ func (a *app) root() *cobra.Command {
 		a.inspectCommand(),
 		a.generateCommand(),
 		a.tlsCommand(),
+		a.caCommand(),
 		a.configCommand(),
 		a.completionCommand(),
 		a.versionCommand(),

@@ -1,0 +1,117 @@
+package ctl
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+)
+
+// rotating is a control plane that rotates its authority, as its API shows it.
+type rotating struct {
+	mu      sync.Mutex
+	step    string
+	retire  string
+	pending int // how often its proxy is still shown as pending
+	orders  []string
+}
+
+func (c *rotating) answer() string {
+	next := map[string]string{"steady": "prepare", "prepared": "distribute", "distributed": "switch", "switched": "retire"}[c.step]
+	ack, pending := `[{"mesh":"default","name":"web","link":true}]`, `[]`
+	if c.pending > 0 {
+		c.pending--
+		ack, pending = `[]`, `[{"mesh":"default","name":"web","link":true,"reason":"it sleeps"}]`
+	}
+	retire := ""
+	if c.step == "switched" {
+		retire = `"retireAfter":"` + c.retire + `",`
+	}
+	return fmt.Sprintf(`{"step":%q,"next":%q,%s"file":"/w/kuma-cp.crt","since":"2026-01-01T00:00:00Z","anchors":[{"role":"present","subject":"CN=one","serial":"1","notAfter":"2036-01-01T00:00:00Z"}],"acknowledged":%s,"pending":%s}`, c.step, next, retire, ack, pending)
+}
+
+func (c *rotating) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch r.Method + " " + r.URL.Path {
+	case "GET /":
+		fmt.Fprint(w, theIndex())
+	case "GET /ca/control-plane":
+		fmt.Fprint(w, c.answer())
+	case "POST /ca/control-plane/rotation":
+		var q struct {
+			Step  string
+			Force bool
+		}
+		if err := json.NewDecoder(r.Body).Decode(&q); err != nil {
+			w.WriteHeader(400)
+			return
+		}
+		order := q.Step
+		if q.Force {
+			order += "!"
+		}
+		c.orders = append(c.orders, order)
+		to := map[string]string{"steady prepare": "prepared", "prepared distribute": "distributed", "distributed switch": "switched", "switched retire": "steady", "prepared abort": "steady"}[c.step+" "+q.Step]
+		if to == "" {
+			w.WriteHeader(409)
+			fmt.Fprintf(w, `{"title":"Conflict","detail":"it is not the turn of %s"}`, q.Step)
+			return
+		}
+		c.step = to
+		fmt.Fprint(w, c.answer())
+	default:
+		http.NotFound(w, r)
+	}
+}
+
+func TestRotateControlPlane(t *testing.T) {
+	t.Parallel()
+	const past, future = "2020-01-01T00:00:00Z", "2090-01-01T00:00:00Z"
+	for _, c := range []struct {
+		name, step, retire string
+		pending            int
+		args               []string
+		code               int
+		orders             []string
+		want               []string
+	}{
+		{"from the start", "steady", future, 0, nil, 0, []string{"prepare", "distribute", "switch"}, []string{"prepared:", "/w/kuma-cp.crt holds both", "acknowledged by all 1 proxies", "switched:", "retired by itself after 2090-01-01"}},
+		{"goes on", "distributed", future, 0, nil, 0, []string{"switch"}, []string{"the rotation is distributed", "switched:"}},
+		{"waits", "distributed", future, 2, nil, 0, []string{"switch"}, []string{"waiting for 1 proxies to acknowledge: web in mesh default (it sleeps)", "acknowledged by all"}},
+		{"waits no longer", "distributed", future, 1000, []string{"--timeout", "0s"}, 1, nil, []string{"1 proxies have not acknowledged within 0s: web in mesh default (it sleeps)", "run the same command again", "--abort"}},
+		{"does not wait", "distributed", future, 1000, []string{"--force"}, 0, []string{"switch!"}, []string{"switched:", "not yet acknowledged by web"}},
+		{"too early to retire", "switched", future, 0, nil, 0, nil, []string{"retired by itself after 2090-01-01", "--step retire"}},
+		{"time to retire", "switched", past, 0, nil, 0, []string{"retire"}, []string{"retired:", "/w/kuma-cp.crt holds it"}},
+		{"one step", "steady", future, 0, []string{"--step", "prepare"}, 0, []string{"prepare"}, []string{"prepared:"}},
+		{"one step by force", "switched", future, 0, []string{"--step", "retire", "--force"}, 0, []string{"retire!"}, []string{"retired:"}},
+		{"not its turn", "steady", future, 0, []string{"--step", "retire"}, 1, []string{"retire"}, []string{"it is not the turn of retire"}},
+		{"abort", "prepared", future, 0, []string{"--abort"}, 0, []string{"abort"}, []string{"aborted:", "CN=one"}},
+		{"status", "distributed", future, 1, []string{"--status"}, 0, nil, []string{"distributed, since 2026-01-01", "next: switch", "CN=one", "2036-01-01", "it sleeps"}},
+		{"status, steady", "steady", future, 0, []string{"--status"}, 0, nil, []string{"nothing is being rotated", "yes"}},
+		{"status as JSON", "steady", future, 0, []string{"--status", "-o", "json"}, 0, nil, []string{`"file": "/w/kuma-cp.crt"`}},
+		{"unknown step", "steady", future, 0, []string{"--step", "swich"}, 1, nil, []string{`did you mean "switch"?`}},
+		{"two things at once", "steady", future, 0, []string{"--abort", "--step", "prepare"}, 1, nil, []string{"none of the others can be"}},
+		{"output of nothing", "steady", future, 0, []string{"-o", "yaml"}, 1, nil, []string{"--output needs --status"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			cp := &rotating{step: c.step, retire: c.retire, pending: c.pending}
+			s := httptest.NewServer(cp)
+			defer s.Close()
+			r := newMachine(t).using(s.URL).run(append([]string{"ca", "rotate", "control-plane"}, c.args...)...)
+			if r.code != c.code || !slices.Equal(cp.orders, c.orders) {
+				t.Errorf("exit code %d, orders %v; want %d, %v", r.code, cp.orders, c.code, c.orders)
+			}
+			for _, want := range c.want {
+				if !strings.Contains(r.stdout+r.stderr, want) {
+					t.Errorf("%q is not in %q and %q", want, r.stdout, r.stderr)
+				}
+			}
+		})
+	}
+}
