@@ -156,11 +156,13 @@ func TestResolver(t *testing.T) {
 		if tracker.Now() != pic {
 			t.Error("a failure changed something")
 		}
+		synctest.Wait()
 		if n := strings.Count(out.String(), "web.example"); n != 1 {
 			t.Errorf("told %d times:\n%s", n, out.String())
 		}
 		say("web.example", "10.0.0.7")
 		time.Sleep(11 * time.Second)
+		synctest.Wait()
 		if !strings.Contains(out.String(), "resolved again") {
 			t.Errorf("its end is not told:\n%s", out.String())
 		}
