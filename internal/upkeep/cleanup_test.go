@@ -3,6 +3,7 @@ package upkeep_test
 import (
 	"context"
 	"log/slog"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -29,11 +30,11 @@ func absent(name string, then time.Time) *resource.Resource {
 func TestCleanup(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := memstore.New()
-		here := map[string]bool{}
+		var here sync.Map
 		run := func() (stop func()) {
 			tr := state.New(state.Config{Store: s, Log: slog.New(slog.DiscardHandler)})
 			k := upkeep.New(upkeep.Config{
-				Store: s, Tracker: tr, Zone: "default", Here: func(_, name string) bool { return here[name] }, Log: slog.New(slog.DiscardHandler),
+				Store: s, Tracker: tr, Zone: "default", Here: func(_, name string) bool { _, ok := here.Load(name); return ok }, Log: slog.New(slog.DiscardHandler),
 			})
 			ctx, cancel := context.WithCancel(t.Context())
 			done := make(chan error, 2)
@@ -85,7 +86,7 @@ func TestCleanup(t *testing.T) {
 		if _, err := s.Put(t.Context(), store.Set(back)); err != nil {
 			t.Fatal(err)
 		}
-		here["unwritten"] = true
+		here.Store("unwritten", nil)
 		time.Sleep(2 * time.Minute)
 		for name, want := range map[string]bool{"left": false, "never-came": true, "online": true, "returns": true, "unwritten": true} {
 			if there(name) != want {
@@ -95,7 +96,7 @@ func TestCleanup(t *testing.T) {
 		if _, err := s.Get(t.Context(), mesh.DataplaneInsights.Key("default", "left")); !errs.Is(err, errs.NotFound) {
 			t.Error("the insight outlived its Dataplane")
 		}
-		here["unwritten"] = false
+		here.Delete("unwritten")
 		time.Sleep(2 * time.Minute)
 		if there("unwritten") {
 			t.Error("one that was here when its time came is never looked at again")
