@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -231,16 +232,29 @@ func startCommand(ts *testscript.TestScript, neg bool, args []string) {
 // start runs a block in the background and waits until it is ready.
 func (rd *reader) start(ts *testscript.TestScript, name, text string) error {
 	env, script := rd.block(ts, text)
-	what, url := "the control plane is ready", fmt.Sprintf("http://127.0.0.1:%d/ready", rd.ports["KUMA_DIAGNOSTICS_SERVER_PORT"])
+	what := "the control plane is ready"
+	readiness := 0
 	if strings.Contains(script, "kuma-dp run") {
-		port := rd.room.port()
-		what, url = "the proxy is ready", fmt.Sprintf("http://127.0.0.1:%d/ready", port)
-		env = append(env, fmt.Sprint("KUMA_READINESS_PORT=", port), "KUMA_DATAPLANE_DRAIN_TIME=1s")
+		what, readiness = "the proxy is ready", rd.room.port()
+		env = append(env, fmt.Sprint("KUMA_READINESS_PORT=", readiness), "KUMA_DATAPLANE_DRAIN_TIME=1s")
+	}
+	const ready = " msg=ready "
+	before := 0
+	if log, err := os.ReadFile(filepath.Join(rd.room.Dir, name+".log")); err == nil {
+		before = strings.Count(string(log), ready) // of an earlier start
 	}
 	p, err := rd.room.Start(name, env, "bash", "-c", "cd "+ts.MkAbs(".")+"\n"+script)
 	ts.Check(err)
 	rd.running[name] = p
-	return rd.room.Await(rd.room.ctx, p, what, func() error { return status(url) })
+	return rd.room.Await(rd.room.ctx, p, what, func() error {
+		if readiness != 0 {
+			return status(fmt.Sprintf("http://127.0.0.1:%d/ready", readiness))
+		}
+		if strings.Count(p.Log(), ready) == before {
+			return errors.New("it has not said so")
+		}
+		return nil
+	})
 }
 
 func endCommand(ts *testscript.TestScript, neg bool, args []string) {
