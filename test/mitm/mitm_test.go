@@ -110,7 +110,7 @@ func kumaDP(t *testing.T, b *bench, url, ca string) *exec.Cmd {
 	n := b.proxies.Add(1)
 	c := b.program("kuma-dp", "run", "--cp-address", url, "--ca-cert-file", ca, "--dataplane-token-file", write(t, "token", b.proxy), "--binary-path", b.self, "--dataplane-file",
 		write(t, "dp.yaml", fmt.Sprintf("type: Dataplane\nmesh: default\nname: web-%d\nnetworking: {address: 127.0.0.1, inbound: [{port: %d, servicePort: %d, tags: {kuma.io/service: web}}]}\n", n, 20000+n, 30000+n)))
-	c.Env = append(c.Env, fmt.Sprint("KUMA_READINESS_PORT=", free(t)), "KUMA_CONTROL_PLANE_RETRY_MAX_DURATION=1s", "KUMA_CONTROL_PLANE_RETRY_BACKOFF=200ms")
+	c.Env = append(c.Env, fmt.Sprint("KUMA_READINESS_PORT=", free(t)), "KUMA_CONTROL_PLANE_RETRY_MAX_DURATION=100ms", "KUMA_CONTROL_PLANE_RETRY_BACKOFF=50ms")
 	return c
 }
 
