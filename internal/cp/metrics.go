@@ -58,7 +58,8 @@ func (m *metrics) registerAbout(instance, cluster string, kinds []*resource.Kind
 			"product": build.Product, "version": build.Version,
 		}),
 		constant("leader", "1 where this instance does what one does for all.", nil),
-		&gathered{now: now, expiries: expiries, kinds: kinds,
+		&gathered{
+			now: now, expiries: expiries, kinds: kinds,
 			resources:    prometheus.NewDesc("resources_count", "Resources by kind, as the present picture shows them.", []string{"resource_type", "tenant"}, nil),
 			workloads:    prometheus.NewDesc("xds_cert_expiration_timestamp_seconds", "When the first certificate of a proxy that is here ends.", []string{"mesh"}, nil),
 			certificates: prometheus.NewDesc("kuma_certificate_expiry_timestamp_seconds", "When a certificate ends that the control plane shows, signs with or trusts.", []string{"certificate"}, nil),
