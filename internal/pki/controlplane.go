@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -42,7 +43,8 @@ const (
 type ControlPlaneConfig struct {
 	// Dir is the work directory; it is made with mode 0700.
 	Dir string
-	// CertFile and KeyFile, where given, are used instead of what is in Dir.
+	// CertFile and KeyFile, where given, are used instead of what is in Dir, as
+	// they are now: Files watches them.
 	CertFile, KeyFile string
 	// Hostnames are names and addresses for the server's certificate beside
 	// the machine's own.
@@ -112,12 +114,16 @@ func OpenControlPlane(c ControlPlaneConfig) (*ControlPlane, error) {
 		if c.CertFile == "" || c.KeyFile == "" {
 			return nil, errs.New(errs.Invalid, "only one of the certificate file (%q) and the key file (%q) is given; set both KUMA_GENERAL_TLS_CERT_FILE and KUMA_GENERAL_TLS_KEY_FILE, or none", c.CertFile, c.KeyFile)
 		}
-		pair, text, err := LoadPair(c.CertFile, c.KeyFile)
+		given, err := NewFiles(FilesConfig{Log: slog.New(slog.DiscardHandler)}).Pair("general", "KUMA_GENERAL_TLS_CERT_FILE", c.CertFile, c.KeyFile)
 		if err != nil {
 			return nil, err
 		}
-		cp.view.Store(&view{anchors: text})
-		cp.cert.Store(pair)
+		shown, err := given.Certificate()
+		if err != nil {
+			return nil, err
+		}
+		cp.view.Store(&view{anchors: given.CA()})
+		cp.cert.Store(shown)
 		return cp, nil
 	}
 	if err := os.MkdirAll(c.Dir, 0o700); err != nil {

@@ -237,9 +237,9 @@ func TestOpenRefuses(t *testing.T) {
 	}{
 		"half an override": {pki.ControlPlaneConfig{CertFile: "a"}, "set both KUMA_GENERAL_TLS_CERT_FILE and KUMA_GENERAL_TLS_KEY_FILE"},
 		"missing file":     {pki.ControlPlaneConfig{CertFile: "/nope/a", KeyFile: "/nope/b"}, "/nope/a"},
-		"not PEM":          {pki.ControlPlaneConfig{CertFile: file, KeyFile: file}, "it must be PEM"},
+		"not PEM":          {pki.ControlPlaneConfig{CertFile: file, KeyFile: file}, "it is not PEM"},
 		"a directory":      {pki.ControlPlaneConfig{CertFile: dir, KeyFile: file}, "is a directory"},
-		"swapped":          {pki.ControlPlaneConfig{CertFile: at(pki.ServerKeyFile), KeyFile: at(pki.ServerFile)}, "where only CERTIFICATE may be"},
+		"swapped":          {pki.ControlPlaneConfig{CertFile: at(pki.ServerKeyFile), KeyFile: at(pki.ServerFile)}, "are the two files swapped?"},
 		"other key":        {pki.ControlPlaneConfig{CertFile: at(pki.ServerFile), KeyFile: at(pki.CAKeyFile)}, "is not the key of certificate file"},
 		"expired":          {pki.ControlPlaneConfig{CertFile: expired, KeyFile: expiredKey}, "expired at"},
 		"no CA key":        {pki.ControlPlaneConfig{Dir: broken(func(d string) { os.Remove(filepath.Join(d, pki.CAKeyFile)) })}, "is missing; bring the key back"},

@@ -537,14 +537,6 @@ func checkPair(cert, key content, now time.Time) (*shown, error) {
 		}
 		return nil, errs.New(errs.Invalid, "key file %s is not the key of certificate file %s (%s); give the pair that belongs together", key.file, cert.file, called(leaf))
 	}
-	switch {
-	case len(leaf.DNSNames)+len(leaf.IPAddresses) == 0:
-		return fault("the certificate (%s) names no host: it has no DNS name and no address as subject alternative name, and clients look at nothing else; have one made with them, such as by kumactl generate tls-certificate --type=server --hostname=NAME", called(leaf))
-	case len(leaf.ExtKeyUsage)+len(leaf.UnknownExtKeyUsage) > 0 && !slices.ContainsFunc(leaf.ExtKeyUsage, func(u x509.ExtKeyUsage) bool {
-		return u == x509.ExtKeyUsageServerAuth || u == x509.ExtKeyUsageAny
-	}):
-		return fault("the certificate (%s) is not for servers: its extended key usage lacks serverAuth; have one made with it, such as by kumactl generate tls-certificate --type=server", called(leaf))
-	}
 	s := &shown{pair: &tls.Certificate{Leaf: leaf, PrivateKey: signer}, begin: leaf.NotBefore, end: leaf.NotAfter, sans: slices.Concat(leaf.DNSNames, ipTexts(leaf.IPAddresses))}
 	for i, c := range certs {
 		switch {
@@ -565,6 +557,14 @@ func checkPair(cert, key content, now time.Time) (*shown, error) {
 		}
 		s.pair.Certificate = append(s.pair.Certificate, c.Raw)
 		s.text = append(s.text, encodeCert(c.Raw)...)
+	}
+	switch {
+	case len(leaf.DNSNames)+len(leaf.IPAddresses) == 0:
+		return fault("the certificate (%s) names no host: it has no DNS name and no address as subject alternative name, and clients look at nothing else; have one made with them, such as by kumactl generate tls-certificate --type=server --hostname=NAME", called(leaf))
+	case len(leaf.ExtKeyUsage)+len(leaf.UnknownExtKeyUsage) > 0 && !slices.ContainsFunc(leaf.ExtKeyUsage, func(u x509.ExtKeyUsage) bool {
+		return u == x509.ExtKeyUsageServerAuth || u == x509.ExtKeyUsageAny
+	}):
+		return fault("the certificate (%s) is not for servers: its extended key usage lacks serverAuth; have one made with it, such as by kumactl generate tls-certificate --type=server", called(leaf))
 	}
 	return s, nil
 }
