@@ -374,7 +374,7 @@ func TestSettings(t *testing.T) {
 		"KUMA_DP_SERVER_MAX_CONNECTIONS_PER_ADDRESS=1":           "dpServer.maxConnectionsPerAddress: 1 is too few",
 		"KUMA_DIAGNOSTICS_SERVER_PORT=65536":                     "diagnostics.serverPort: 65536 is not a port",
 		"KUMA_API_SERVER_HTTPS_REQUIRE_CLIENT_CERT=true":         "KUMA_API_SERVER_HTTPS_REQUIRE_CLIENT_CERT: needs to know whose certificates are taken",
-		"KUMA_API_SERVER_AUTHN_TYPE=adminClientCerts":            `apiServer.authn.type: there is no authentication named "adminClientCerts"`,
+		"KUMA_API_SERVER_AUTHN_TYPE=adminClientCerts":            "apiServer.auth.clientCertsDir: is needed where apiServer.authn.type is adminClientCerts",
 		"KUMA_DP_SERVER_AUTHN_DP_PROXY_TYPE=serviceAccountToken": `dpServer.authn.dpProxy.type: there is no authentication named "serviceAccountToken"`,
 		"KUMA_ACCESS_ANONYMOUS=open":                             `access.anonymous: "open"`,
 		"KUMA_GENERAL_TLS_MAX_VERSION=TLSv1_1":                   "KUMA_GENERAL_TLS_MAX_VERSION: unsupported tls version: TLSv1_1",

@@ -78,8 +78,13 @@ func (c *Config) checkTLS() error {
 	if c.General.TLSReloadInterval <= 0 {
 		add("KUMA_GENERAL_TLS_RELOAD_INTERVAL", "must be positive, such as 1s")
 	}
-	if name := c.General.AdvertisedHostname; name != "" && net.ParseIP(name) == nil && !hostname(name) {
-		add("KUMA_GENERAL_ADVERTISED_HOSTNAME", "%q is neither a host name nor an IP address; give it without scheme and port", name)
+	for setting, name := range map[string]string{
+		"KUMA_GENERAL_ADVERTISED_HOSTNAME":      c.General.AdvertisedHostname,
+		"KUMA_BOOTSTRAP_SERVER_PARAMS_XDS_HOST": c.BootstrapServer.Params.XDSHost,
+	} {
+		if name != "" && net.ParseIP(name) == nil && !hostname(name) {
+			add(setting, "%q is neither a host name nor an IP address; give it without scheme and port", name)
+		}
 	}
 	https := c.APIServer.HTTPS
 	if https.RequireClientCert && https.TLSCAFile == "" && c.APIServer.Auth.ClientCertsDir == "" {

@@ -286,6 +286,22 @@ func TestBadPairsOfServers(t *testing.T) {
 	}
 }
 
+// TestOneFile: certificate and key may be in one file, as with the original.
+func TestOneFile(t *testing.T) {
+	ca := cptest.NewCA(t)
+	cfg, _ := secured(t, ca)
+	cert, key := ca.Pair(t, nil).PEM(t)
+	file := filepath.Join(t.TempDir(), "both.pem")
+	if err := os.WriteFile(file, append(cert, key...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cfg.General.TLSCertFile, cfg.General.TLSKeyFile = file, file
+	run(t, cfg)
+	if _, err := handshake(t, doors(cfg)["KUMA_DP_SERVER"], &tls.Config{RootCAs: ca.Pool(), ServerName: "localhost"}); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestWhoWins: a server's own settings win over the general ones, and what is
 // not set is as in general.
 func TestWhoWins(t *testing.T) {
@@ -594,6 +610,7 @@ func TestTLSSettings(t *testing.T) {
 		{[]string{"KUMA_GENERAL_TLS_REQUIRE_PQ=true", "KUMA_DP_SERVER_TLS_MAX_VERSION=TLSv1_2"}, "KUMA_DP_SERVER_TLS_MAX_VERSION: TLSv1_2 has no post-quantum key exchange, which KUMA_GENERAL_TLS_REQUIRE_PQ demands"},
 		{[]string{"KUMA_GENERAL_TLS_RELOAD_INTERVAL=0s"}, "KUMA_GENERAL_TLS_RELOAD_INTERVAL: must be positive"},
 		{[]string{"KUMA_GENERAL_ADVERTISED_HOSTNAME=https://cp:5678"}, "KUMA_GENERAL_ADVERTISED_HOSTNAME: "},
+		{[]string{"KUMA_BOOTSTRAP_SERVER_PARAMS_XDS_HOST=cp:5678"}, "KUMA_BOOTSTRAP_SERVER_PARAMS_XDS_HOST: \"cp:5678\" is neither"},
 		{[]string{"KUMA_API_SERVER_HTTPS_REQUIRE_CLIENT_CERT=true"}, "KUMA_API_SERVER_HTTPS_TLS_CA_FILE"},
 		{[]string{"KUMA_INTER_CP_SERVER_PORT=70000"}, "interCp.server.port: 70000 is not a port"},
 	} {
