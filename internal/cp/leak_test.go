@@ -28,6 +28,7 @@ import (
 	"kuma/internal/cp"
 	"kuma/internal/cp/cptest"
 	"kuma/internal/envoy"
+	"kuma/internal/mads"
 	"kuma/internal/rest"
 )
 
@@ -101,6 +102,8 @@ func TestNothingLeaks(t *testing.T) {
 	cfg := config(t)
 	cfg.Store.Type = "memory"
 	cfg.Diagnostics.DebugEndpoints = true
+	older := true
+	cfg.AdminServer.Enabled, cfg.AdminServer.Local.Port = &older, config(t).Diagnostics.ServerPort
 	log := &watcher{what: "msg=ready ", seen: make(chan struct{})}
 	logger := slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	_, warnings, err := cp.Load("", []string{"KUMA_STORE_POSTGRES_PASSWORD=" + password, "KUMA_STORE_POSTGRES_PASWORD=" + password})
@@ -317,6 +320,8 @@ func TestNothingLeaks(t *testing.T) {
 	https := fmt.Sprintf("https://localhost:%d", cfg.APIServer.HTTPS.Port)
 	proxies := fmt.Sprintf("https://localhost:%d", cfg.DPServer.Port)
 	diagnostics := fmt.Sprintf("http://127.0.0.1:%d", cfg.Diagnostics.ServerPort)
+	monitoring := fmt.Sprintf("http://127.0.0.1:%d", cfg.MonitoringAssignmentServer.Port)
+	tokens := fmt.Sprintf("http://127.0.0.1:%d", cfg.AdminServer.Local.Port)
 	for _, admin := range []bool{true, false} {
 		for _, url := range []string{
 			https + "/", https + "/config", https + "/meshes/default/dataplanes/planted/_overview", https + "/meshes/default/dataplanes/planted/_config",
@@ -324,6 +329,7 @@ func TestNothingLeaks(t *testing.T) {
 			diagnostics + "/", diagnostics + "/healthy", diagnostics + "/ready", diagnostics + "/metrics", diagnostics + "/config", diagnostics + "/logging",
 			diagnostics + "/secrets", diagnostics + "/debug/pprof/", diagnostics + "/debug/pprof/cmdline", diagnostics + "/debug/pprof/goroutine?debug=2",
 			diagnostics + "/debug/pprof/heap?debug=1", diagnostics + "/debug/pprof/allocs?debug=1", diagnostics + "/debug/pprof/threadcreate?debug=1", diagnostics + "/debug/vars",
+			monitoring + "/", monitoring + mads.Path, monitoring + "/metrics", monitoring + "/config", tokens + "/", tokens + "/tokens", tokens + "/config", tokens + "/secrets",
 		} {
 			code, said := do(admin, "GET", url, "")
 			look("GET "+url, said)
@@ -337,6 +343,10 @@ func TestNothingLeaks(t *testing.T) {
 			look("POST /bootstrap", said)
 			_, said = do(admin, "PUT", diagnostics+"/logging", b)
 			look("PUT /logging", said)
+			for _, url := range []string{monitoring + mads.Path, tokens + "/tokens", tokens + "/tokens/dataplane"} {
+				_, said = do(admin, "POST", url, b)
+				look("POST "+url, said)
+			}
 		}
 	}
 	if asked < 300 {
