@@ -665,3 +665,40 @@ func TestAdvertisedNames(t *testing.T) {
 	given.BootstrapServer.Params.XDSHost = "localhost"
 	run(t, given)
 }
+
+// HRD-08, HRD-33: the public admin server follows its files as the others do,
+// and resumes nothing, so that a client who is taken out is out.
+func TestAdminServerFollowsItsFiles(t *testing.T) {
+	servers, clients := cptest.NewCA(t), cptest.NewCA(t)
+	cfg, _ := secured(t, servers)
+	files, dir := newPairFiles(t), t.TempDir()
+	files.put(t, servers.Pair(t, nil))
+	on := true
+	cfg.AdminServer.Enabled, cfg.AdminServer.Local.Port = &on, freePort(t)
+	cfg.AdminServer.Public = cp.AdminPublic{Enabled: true, Interface: "127.0.0.1", Port: freePort(t), TLSCertFile: files.cert, TLSKeyFile: files.key, ClientCertsDir: dir}
+	known := filepath.Join(dir, "clients.pem")
+	if err := os.WriteFile(known, clients.PEM(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	run(t, cfg)
+	address := fmt.Sprintf("127.0.0.1:%d", cfg.AdminServer.Public.Port)
+	c := &tls.Config{RootCAs: servers.Pool(), ServerName: "localhost", Certificates: []tls.Certificate{clients.Client(t).TLS()}, ClientSessionCache: tls.NewLRUClientSessionCache(10)}
+	for range 3 {
+		next := servers.Pair(t, nil)
+		files.put(t, next)
+		eventually(t, "the new certificate", func() bool {
+			s, err := handshake(t, address, c)
+			if err != nil || s.DidResume {
+				t.Fatalf("%v, resumed %v", err, s.DidResume)
+			}
+			return s.PeerCertificates[0].Equal(next.Cert)
+		})
+	}
+	if err := os.Remove(known); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "a client who is taken out", func() bool {
+		_, err := handshake(t, address, c)
+		return err != nil
+	})
+}
