@@ -336,12 +336,12 @@ func cutCommand(example string) (command, want string) {
 
 var (
 	inBackground = regexp.MustCompile(`kuma-(cp|dp) run`)
-	asksAgain    = regexp.MustCompile(`^(kumactl (inspect|tls|ca)|curl|openssl) `)
+	asksAgain    = regexp.MustCompile(`^(kumactl inspect|kumactl tls|kumactl ca .*--status|curl|openssl) `)
 )
 
 // follow does what one command of a page says.
 func (rd *reader) follow(ts *testscript.TestScript, command, want string) {
-	fails := strings.Contains("\n"+want, "\nError") || strings.Contains("\n"+want, "\ncurl: (") || strings.Contains(want, "level=ERROR")
+	fails := strings.Contains("\n"+want, "\nError") || strings.Contains("\n"+want, "\ncurl: (") || strings.Contains(want, "\nverify error:") || strings.Contains(want, "level=ERROR")
 	if m := inBackground.FindStringSubmatch(command); m != nil {
 		name := m[1]
 		if rd.running[name] != nil {
