@@ -120,7 +120,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	}()
 	zone, build, instance := cfg.Multizone.Zone.Name, conf.Build(), instanceID()
 
-	// What is kept, and the control plane's own certificates.
+	// What is kept, and the operator's certificate files.
 	dir, err := cfg.workDir()
 	if err != nil {
 		return nil, err
@@ -134,19 +134,6 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	c.store = counted.store.Wrap(c.store)
 	if err := c.openFiles(); err != nil {
 		return nil, err
-	}
-	c.certs, err = pki.OpenControlPlane(pki.ControlPlaneConfig{Dir: dir, CertFile: cfg.General.TLSCertFile, KeyFile: cfg.General.TLSKeyFile, Hostnames: cfg.advertised(), Vault: c.authorityVault()})
-	if err != nil {
-		return nil, err
-	}
-	if c.general == nil {
-		c.general = c.certs
-	}
-	for _, w := range c.certs.Warnings() {
-		log.Warn("the control plane's own certificate", "warning", w)
-	}
-	if c.certs.Made() {
-		log.Info("made an authority for the control plane's own certificate; give this file to clients as --ca-cert-file", "file", filepath.Join(dir, pki.CAFile))
 	}
 
 	// The picture, and who keeps it in order.
@@ -163,6 +150,21 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	})
 	if err := c.keeper.Prepare(ctx); err != nil {
 		return nil, err
+	}
+	// After the first mesh, which is made in an empty store only: the authority may
+	// be kept there, too.
+	c.certs, err = pki.OpenControlPlane(pki.ControlPlaneConfig{Dir: dir, CertFile: cfg.General.TLSCertFile, KeyFile: cfg.General.TLSKeyFile, Hostnames: cfg.advertised(), Vault: c.authorityVault()})
+	if err != nil {
+		return nil, err
+	}
+	if c.general == nil {
+		c.general = c.certs
+	}
+	for _, w := range c.certs.Warnings() {
+		log.Warn("the control plane's own certificate", "warning", w)
+	}
+	if c.certs.Made() {
+		log.Info("made an authority for the control plane's own certificate; give this file to clients as --ca-cert-file", "file", filepath.Join(dir, pki.CAFile))
 	}
 
 	// Who may do what.

@@ -51,6 +51,7 @@ func TestReloadWithEnvoy(t *testing.T) {
 
 	const connections = `cluster\.ads_cluster\.upstream_cx_total`
 	before := r.stat(cp, "web", connections)
+	links := r.links(cp, 98, ca.PEM())
 	traffic := r.load(to.port)
 	r.answeredBy(traffic, "backend")
 	for range 20 {
@@ -69,6 +70,7 @@ func TestReloadWithEnvoy(t *testing.T) {
 	}
 	r.answeredBy(traffic, "backend")
 	r.clean(traffic)
+	r.undropped("after 20 reloads", links)
 	if after := r.stat(cp, "web", connections); before == 0 || after != before {
 		t.Errorf("Envoy has opened %d connections to the control plane, %d before", after, before)
 	}

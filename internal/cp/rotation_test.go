@@ -1,0 +1,79 @@
+package cp
+
+import (
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+
+	"kuma/internal/errs"
+	"kuma/internal/mesh"
+	"kuma/internal/pki"
+	"kuma/internal/store"
+	"kuma/internal/store/memstore"
+)
+
+// Two control planes that start at once on one store have one authority, and a
+// rotation by one is the other's, too.
+func TestSharedAuthority(t *testing.T) {
+	s := memstore.New()
+	var certs [2]*pki.ControlPlane
+	dirs := [2]string{t.TempDir(), t.TempDir()}
+	var wg sync.WaitGroup
+	for i := range certs {
+		wg.Go(func() {
+			c, err := pki.OpenControlPlane(pki.ControlPlaneConfig{Dir: dirs[i], Vault: caVault{s}})
+			if err != nil {
+				t.Error(err)
+			}
+			certs[i] = c
+		})
+	}
+	wg.Wait()
+	if t.Failed() {
+		return
+	}
+	same := func() {
+		t.Helper()
+		if string(certs[0].CA()) != string(certs[1].CA()) {
+			t.Fatal("they have different authorities")
+		}
+		for i, dir := range dirs {
+			if b, err := os.ReadFile(filepath.Join(dir, pki.CAFile)); err != nil || string(b) != string(certs[i].CA()) {
+				t.Errorf("kuma-cp.crt: %s, %v", b, err)
+			}
+		}
+	}
+	same()
+	if certs[0].Made() == certs[1].Made() {
+		t.Error("both have made the authority, or none")
+	}
+	for n, order := range []pki.Order{pki.OrderPrepare, pki.OrderDistribute, pki.OrderSwitch, pki.OrderRetire} {
+		if err := pki.NewRotator(pki.RotatorConfig{Certs: certs[n%2]}).Do(order, false); err != nil {
+			t.Fatal(err)
+		}
+		if err := certs[1-n%2].Refresh(); err != nil {
+			t.Fatal(err)
+		}
+		same()
+	}
+	// Both at once: one of them wins, the other one is told.
+	var failures [2]error
+	for i := range certs {
+		wg.Go(func() { failures[i] = pki.NewRotator(pki.RotatorConfig{Certs: certs[i]}).Do(pki.OrderPrepare, false) })
+	}
+	wg.Wait()
+	if (failures[0] == nil) == (failures[1] == nil) || failures[0] != nil && !errs.Is(failures[0], errs.Conflict) || failures[1] != nil && !errs.Is(failures[1], errs.Conflict) {
+		t.Errorf("two preparations at once: %v, %v", failures[0], failures[1])
+	}
+	same()
+	if _, err := s.Put(t.Context(), store.Remove(mesh.GlobalSecrets.Key("", caSecret))); err != nil {
+		t.Fatal(err)
+	}
+	if err := certs[0].Refresh(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Get(t.Context(), mesh.GlobalSecrets.Key("", caSecret)); err != nil {
+		t.Errorf("a removed authority is not put back: %v", err)
+	}
+}
