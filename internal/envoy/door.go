@@ -35,6 +35,8 @@ type Self struct {
 	// Address is the IP address at which others reach the proxy, or "" where it
 	// can't be resolved.
 	Address string
+	// Taken reports whether an inbound or outbound has a port at the Address.
+	Taken func(port uint32) bool
 	// MutualTLS says that the mesh has an authority, and Link that the proxy's
 	// keys come from kuma-dp.
 	MutualTLS, Link bool
@@ -112,10 +114,8 @@ func (c *Config) OpenMetrics(because resource.Key, m Metrics) bool {
 	case s.Address == "":
 		return fail("networking.address of the Dataplane can't be resolved; write an IP address")
 	}
-	for _, in := range c.Inbounds {
-		if in.Port == m.Port && in.Address.GetSocketAddress().GetAddress() == s.Address {
-			return fail("inbound %s has that port; choose another one for metrics", in.Section)
-		}
+	if s.Taken != nil && s.Taken(m.Port) {
+		return fail("an inbound or outbound of the Dataplane has that port; choose another one for metrics")
 	}
 	for _, d := range c.Doors {
 		if d.Port == m.Port {

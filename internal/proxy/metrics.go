@@ -19,6 +19,7 @@ func (w *work) self() {
 	if own := w.addresses(w.net.Address); w.net.Address != "" && len(own) > 0 {
 		s.Address = own[0]
 	}
+	s.Taken = func(port uint32) bool { return w.taken(s.Address, port) }
 	w.out.Self = s
 }
 
