@@ -264,7 +264,7 @@ func (l *link) handle(m *linkpb.ToProxy) (welcome bool, err error) {
 		l.state.configured(m.ConfigStatus)
 	case *linkpb.ToProxy_Trust:
 		noted := &linkpb.TrustNoted{Revision: m.Trust.GetRevision()}
-		if err := l.trust.take(m.Trust.GetBundle(), m.Trust.GetRevision()); err != nil {
+		if err := l.trust.take(m.Trust.GetBundle()); err != nil {
 			l.log.Warn("the control plane's authorities were not taken over in full", "error", err)
 			noted.Error = err.Error()
 		} else {

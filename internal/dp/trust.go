@@ -42,9 +42,8 @@ type trust struct {
 	log    *slog.Logger
 
 	mu sync.Mutex
-	// kept is the control plane's own list; revision its name for it.
-	kept     []byte
-	revision int64
+	// kept is the control plane's own list.
+	kept []byte
 	// roots is nil where only the system's authorities count.
 	roots *x509.CertPool
 	// dir is the state directory; empty where nothing is kept, and lacks then
@@ -129,7 +128,7 @@ func (t *trust) restore(dir string, log *slog.Logger) {
 		_, clean, err = pki.ReadAnchors(text)
 	}
 	if err == nil {
-		err = t.believe(clean, 0)
+		err = t.believe(clean)
 	}
 	if err != nil {
 		log.Warn("the control plane's authorities that were kept can't be used and are ignored; they are replaced when the control plane sends them", "file", file, "error", err)
@@ -137,7 +136,7 @@ func (t *trust) restore(dir string, log *slog.Logger) {
 }
 
 // believe makes a list the control plane's own. The lock is held.
-func (t *trust) believe(clean []byte, revision int64) error {
+func (t *trust) believe(clean []byte) error {
 	if !t.skip {
 		var pool *x509.CertPool
 		if len(t.given) == 0 {
@@ -153,21 +152,21 @@ func (t *trust) believe(clean []byte, revision int64) error {
 		pool.AppendCertsFromPEM(clean)
 		t.roots = pool
 	}
-	t.kept, t.revision = clean, revision
+	t.kept = clean
 	return nil
 }
 
 // take replaces the control plane's own list by what it has sent. What can't be
 // used changes nothing. What can't be kept, or not be handed to Envoy, is
 // believed all the same, and an error.
-func (t *trust) take(bundle []byte, revision int64) error {
+func (t *trust) take(bundle []byte) error {
 	_, clean, err := pki.ReadAnchors(bundle)
 	if err != nil {
 		return errs.New(errs.Invalid, "the control plane's authorities can't be used: %w", err)
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if err := t.believe(clean, revision); err != nil {
+	if err := t.believe(clean); err != nil {
 		return err
 	}
 	return errors.Join(t.keep(clean), t.tellEnvoy())

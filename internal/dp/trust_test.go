@@ -30,14 +30,14 @@ func ownAuthority(t *testing.T) (ca, leaf []byte) {
 }
 
 // trusts reports whether a trust takes a server's certificate.
-func (tr *trust) trusts(t *testing.T, leaf []byte) bool {
-	t.Helper()
-	cert := firstCert(t, leaf)
-	_, err := cert.Verify(x509.VerifyOptions{Roots: tr.tls().RootCAs, DNSName: "localhost"})
+func (t *trust) trusts(tb testing.TB, leaf []byte) bool {
+	tb.Helper()
+	cert := firstCert(tb, leaf)
+	_, err := cert.Verify(x509.VerifyOptions{Roots: t.tls().RootCAs, DNSName: "localhost"})
 	return err == nil
 }
 
-func firstCert(t *testing.T, text []byte) *x509.Certificate {
+func firstCert(t testing.TB, text []byte) *x509.Certificate {
 	t.Helper()
 	block, _ := pem.Decode(text)
 	if block == nil {
@@ -104,7 +104,7 @@ func TestTrust(t *testing.T) {
 	if anchors != string(one) || string(tr.request()) != string(one) {
 		t.Errorf("at the start Envoy has %s", anchors)
 	}
-	if err := tr.take([]byte(both), 7); err != nil {
+	if err := tr.take([]byte(both)); err != nil {
 		t.Fatal(err)
 	}
 	second, anchors := envoysAnchors(t, envoy)
@@ -129,7 +129,7 @@ func TestTrust(t *testing.T) {
 		"nothing": nil, "rubbish": []byte("x"), "a leaf": leafTwo, "a leaf among them": append(bytes.Clone(two), leafTwo...),
 		"too much": bytes.Repeat(two, 17),
 	} {
-		if err := tr.take(bad, 8); err == nil || !strings.Contains(err.Error(), "can't be used") {
+		if err := tr.take(bad); err == nil || !strings.Contains(err.Error(), "can't be used") {
 			t.Errorf("%s: %v", name, err)
 		}
 		if _, now := envoysAnchors(t, envoy); now != both || !tr.trusts(t, leafTwo) {
@@ -143,7 +143,7 @@ func TestTrust(t *testing.T) {
 	if !again.trusts(t, leafTwo) || string(again.request()) != both {
 		t.Error("a restart has forgotten")
 	}
-	if err := again.take(two, 9); err != nil {
+	if err := again.take(two); err != nil {
 		t.Fatal(err)
 	}
 	if b, err := os.ReadFile(file); err != nil || string(b) != string(two) {
@@ -169,7 +169,7 @@ func TestTrustOfTheSystem(t *testing.T) {
 	if err := tr.serveEnvoy(envoy, one, ""); err != nil {
 		t.Fatal(err)
 	}
-	if err := tr.take(two, 1); err != nil {
+	if err := tr.take(two); err != nil {
 		t.Fatal(err)
 	}
 	if _, anchors := envoysAnchors(t, envoy); anchors != string(one)+string(two) {
@@ -199,7 +199,7 @@ func TestTrustUnverified(t *testing.T) {
 	if err := tr.serveEnvoy(envoy, two, ""); err != nil {
 		t.Fatal(err)
 	}
-	if err := tr.take(two, 1); err != nil {
+	if err := tr.take(two); err != nil {
 		t.Fatal(err)
 	}
 	if b, err := os.ReadFile(filepath.Join(dir, trustFile)); err != nil || string(b) != string(one) {
@@ -232,7 +232,7 @@ func TestDamagedState(t *testing.T) {
 			if !strings.Contains(log.String(), "level=WARN") || !strings.Contains(log.String(), trustFile) {
 				t.Errorf("log: %s", log.String())
 			}
-			if err := tr.take(two, 1); err != nil {
+			if err := tr.take(two); err != nil {
 				t.Fatal(err)
 			}
 			if !newTestTrust(t, one, false, dir, nil).trusts(t, leafTwo) {
@@ -258,7 +258,7 @@ func TestNoState(t *testing.T) {
 		if !strings.Contains(log.String(), "--state-dir") {
 			t.Errorf("%s: log %s", name, log.String())
 		}
-		if err := tr.take(two, 1); err == nil || !strings.Contains(err.Error(), "not kept over a restart") || !strings.Contains(err.Error(), "--state-dir") {
+		if err := tr.take(two); err == nil || !strings.Contains(err.Error(), "not kept over a restart") || !strings.Contains(err.Error(), "--state-dir") {
 			t.Errorf("%s: %v", name, err)
 		}
 		if !tr.trusts(t, leaf) {

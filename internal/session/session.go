@@ -367,10 +367,10 @@ type Info struct {
 	// ADS, HDS and Link say which streams are open; Linked that the proxy has a
 	// link, open or not.
 	ADS, HDS, Link, Linked bool
-	Leaving        bool
-	Status         Status
-	Readiness      mesh.ReadinessInsight
-	Trust          Trust
+	Leaving                bool
+	Status                 Status
+	Readiness              mesh.ReadinessInsight
+	Trust                  Trust
 }
 
 func (s *session) info() Info {
