@@ -35,6 +35,7 @@ import (
 	"kuma/internal/pki"
 	"kuma/internal/pki/builtin"
 	"kuma/internal/proxy"
+	"kuma/internal/resource"
 	"kuma/internal/rest"
 	"kuma/internal/session"
 	"kuma/internal/state"
@@ -149,6 +150,10 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 		AdminToken: cfg.APIServer.Authn.Tokens.BootstrapAdminToken && cfg.APIServer.Authn.Type != auth.AdminClientCerts, Authority: newAuthority, Log: log.With("logger", "upkeep"),
 	})
 	if err := c.keeper.Prepare(ctx); err != nil {
+		return nil, err
+	}
+	cluster, err := c.clusterID(ctx)
+	if err != nil {
 		return nil, err
 	}
 	// After the first mesh, which is made in an empty store only: the authority may
@@ -267,7 +272,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	offered := rest.Config{
 		Kinds: kinds, Store: c.store, Gate: gate, Access: access, Authn: users, Issuer: tokens,
 		Index: rest.Index{
-			Product: build.Product, Version: build.Version, InstanceID: instance, ClusterID: clusterID(c.certs.CA()), Hostname: host, BasedOnKuma: contract,
+			Product: build.Product, Version: build.Version, InstanceID: instance, ClusterID: cluster, Hostname: host, BasedOnKuma: contract,
 			HTTPSPort: cfg.httpsPort(), AdminPort: cfg.adminPort(),
 		},
 		Settings:  func() ([]byte, error) { return conf.Redacted(cfg) },
@@ -307,7 +312,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	}
 	c.users, c.administers = users, administrators(users, access)
 	counted.registerFiles(c.files.Taken, c.files.Refused)
-	counted.registerAbout(instance, clusterID(c.certs.CA()), kinds, c.tracker.Now, c.expiries)
+	counted.registerAbout(instance, cluster, kinds, c.tracker.Now, c.expiries)
 	c.posture()
 	return c, nil
 }
@@ -323,9 +328,19 @@ func instanceID() string {
 	return host + "-" + uuid.NewString()[:4]
 }
 
-// clusterID names this control plane's cluster: it is the same over restarts,
-// since it follows from the certificate that clients verify.
-func clusterID(ca []byte) string { return uuid.NewSHA1(uuid.NameSpaceOID, ca).String() }
+// clusterID names this control plane's cluster: it follows from its zone's name
+// and the moment at which that was made, so it is the same over restarts and
+// changes of certificates.
+func (c *ControlPlane) clusterID(ctx context.Context) (string, error) {
+	zone, err := c.store.Get(ctx, resource.Key{Kind: mesh.Zones.Name, Name: c.cfg.Multizone.Zone.Name})
+	if errs.Is(err, errs.NotFound) { // somebody deleted it
+		return uuid.NewString(), nil
+	}
+	if err != nil {
+		return "", err
+	}
+	return uuid.NewSHA1(uuid.NameSpaceOID, []byte(zone.Name+" "+zone.Created.UTC().Format(time.RFC3339Nano))).String(), nil
+}
 
 // deregistration turns the contract's "no delay" into session's.
 func deregistration(d time.Duration) time.Duration {

@@ -3,6 +3,7 @@ package cp_test
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -21,6 +22,7 @@ import (
 	"time"
 
 	"kuma/internal/cp"
+	"kuma/internal/pki"
 )
 
 // asProgram makes the test binary the program kuma-cp.
@@ -384,5 +386,30 @@ func TestSettings(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s gives %v, want %q", setting, err, want)
 		}
+	}
+}
+
+// TestClusterID: a cluster keeps its name over restarts, also where its
+// certificates are new.
+func TestClusterID(t *testing.T) {
+	cfg := config(t)
+	dir := cfg.General.WorkDir
+	id := func() string {
+		defer run(t, cfg)()
+		_, body := get(t, fmt.Sprintf("http://127.0.0.1:%d/", cfg.APIServer.HTTP.Port))
+		var index struct{ ClusterID string }
+		if err := json.Unmarshal([]byte(body), &index); err != nil {
+			t.Fatal(err)
+		}
+		return index.ClusterID
+	}
+	first := id()
+	for _, f := range []string{pki.CAFile, pki.CAKeyFile, pki.ServerFile, pki.ServerKeyFile} {
+		if err := os.Remove(filepath.Join(dir, f)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if again := id(); again != first || first == "" {
+		t.Errorf("the cluster is %q, and was %q", again, first)
 	}
 }
