@@ -160,6 +160,23 @@ func TestRotationUnderLoad(t *testing.T) {
 	offline := r.link(cp, "offline", first)
 	r.must(offline.Connect(r.ctx))
 	r.acknowledged(cp, "switched", all+2)
+	// Envoys that never hear of a change connect with the old authority alone, and
+	// with the new one alone; the old one is not retired behind their backs.
+	young := filepath.Join(r.Dir, "young.crt")
+	r.must(os.WriteFile(young, []byte(strings.TrimPrefix(anchors(), string(first))), 0o600))
+	var deaf []*lab.Proxy
+	for name, ca := range map[string]string{"deaf-old": old, "deaf-young": young} {
+		deaf = append(deaf, r.join(cp, name, r.caller(name), lab.ProxyOptions{
+			Args: []string{"--ca-cert-file", ca}, Env: []string{"KUMA_DATAPLANE_RUNTIME_LINK_ENABLED=false"},
+		}))
+	}
+	r.ready(deaf...)
+	if _, err := cp.Kumactl("", "ca", "rotate", "control-plane", "--step", "retire"); err == nil || !strings.Contains(err.Error(), "2 proxies would no longer trust") || !strings.Contains(err.Error(), "deaf-old in mesh default (it has no link") {
+		t.Errorf("retired though proxies without a link are there: %v", err)
+	}
+	for _, p := range deaf {
+		p.Stop(10 * time.Second)
+	}
 	offline.Close()
 	r.await("who is gone is no longer waited for", func() error {
 		_, err := cp.Kumactl("", "ca", "rotate", "control-plane", "--step", "retire")
