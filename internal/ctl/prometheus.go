@@ -255,8 +255,9 @@ func (c *client) metricsOf(ctx context.Context, meshName string) (metricsSources
 		}
 		for _, raw := range p.Items {
 			var policy struct {
-				Name string `json:"name"`
-				Spec struct {
+				Name   string            `json:"name"`
+				Labels map[string]string `json:"labels"`
+				Spec   struct {
 					Default struct {
 						Backends []struct {
 							Type       string `json:"type"`
@@ -272,6 +273,10 @@ func (c *client) metricsOf(ctx context.Context, meshName string) (metricsSources
 			}
 			if err := json.Unmarshal(raw, &policy); err != nil {
 				return nil, errs.New(errs.Invalid, "a MeshMetric is not the JSON that was expected: %w", err)
+			}
+			// What is only tried out has no effect.
+			if policy.Labels[mesh.LabelEffect] == "shadow" {
+				continue
 			}
 			for _, b := range policy.Spec.Default.Backends {
 				if b.Type == "Prometheus" {

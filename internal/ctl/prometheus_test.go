@@ -51,6 +51,11 @@ func TestGeneratePrometheusConfig(t *testing.T) {
 			code: 1, err: []string{"a, b", "--client-id"},
 		},
 		{
+			name: "a policy that is only tried out", config: enabled, mesh: mesh(""),
+			policies: strings.Replace(policies(`{"type":"Prometheus","prometheus":{"clientId":"b"}}`), `"name":"all"`, `"name":"all","labels":{"kuma.io/effect":"shadow"}`, 1),
+			out:      []string{`client_id: "prometheus"`}, err: []string{"has no metrics"},
+		},
+		{
 			name: "no metrics", config: enabled, mesh: mesh(""), policies: none,
 			out: []string{"scrape_configs:"}, err: []string{`Warning: mesh "default" has no metrics for the client "prometheus"`},
 		},
