@@ -148,6 +148,13 @@ func TestAuthorityInTheStore(t *testing.T) {
 		}
 		return json.Unmarshal(body, &s) == nil && s.Step == "distributed" && len(s.Acknowledged) == 1
 	})
+	eventually(t, "other control planes can see it", func() bool {
+		var s struct {
+			Trust *struct{ Revision string }
+		}
+		_, body := call(t, cfg, "GET", "/meshes/default/dataplane-insights/web", "")
+		return json.Unmarshal(body, &s) == nil && s.Trust != nil && s.Trust.Revision == fmt.Sprint(proxy.View().Revision)
+	})
 	for _, c := range []struct {
 		body   string
 		status int

@@ -222,7 +222,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 		return nil, err
 	}
 	links := link.New(link.Config{
-		Trust: c.trust(shown), Tracker: c.tracker, Sessions: c.sessions, Issuer: issuer, Insights: c.insights, Instance: instance,
+		Trust: c.trust(shown), ShareTrust: cfg.General.TLSCAStore == caInStore, Tracker: c.tracker, Sessions: c.sessions, Issuer: issuer, Insights: c.insights, Instance: instance,
 		RetryBase: cfg.General.CertGenerationBaseBackoff, RetryMax: cfg.General.CertGenerationMaxBackoff, Log: log.With("logger", "link"),
 	})
 	counted.zoned.MustRegister(ads.Stats(), links.Stats(), issuer.Metrics(), c.sessions.Metrics(), c.tracker.Metrics(), c.keeper.Metrics())

@@ -134,11 +134,26 @@ func (r recipients) list() []pki.Recipient {
 				continue
 			}
 			if by := insight.Subscriptions[n-1].ControlPlaneInstanceID; by != r.instance {
-				out = append(out, pki.Recipient{Mesh: name, Name: res.Name, Why: "it is connected to the control plane " + by + ", which alone knows what it has acknowledged"})
+				out = append(out, elsewhere(name, res.Name, by, insight.Trust))
 			}
 		}
 	}
 	return out
+}
+
+// elsewhere is a proxy that is connected to another control plane, as its insight
+// shows it.
+func elsewhere(meshName, name, by string, t *mesh.TrustInsight) pki.Recipient {
+	p := pki.Recipient{Mesh: meshName, Name: name}
+	if t == nil {
+		p.Why = "it is connected to the control plane " + by + " and has acknowledged nothing there; without a link it can't"
+		return p
+	}
+	p.Link, p.Why = true, t.Error
+	if revision, err := strconv.ParseInt(t.Revision, 10, 64); err == nil && t.Error == "" {
+		p.Revision = revision
+	}
+	return p
 }
 
 // newRotator makes what rotates the control plane's own authority. Where proxies

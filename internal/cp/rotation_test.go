@@ -3,6 +3,7 @@ package cp
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 
@@ -75,5 +76,24 @@ func TestSharedAuthority(t *testing.T) {
 	}
 	if _, err := s.Get(t.Context(), mesh.GlobalSecrets.Key("", caSecret)); err != nil {
 		t.Errorf("a removed authority is not put back: %v", err)
+	}
+}
+
+// What a proxy has acknowledged to another control plane counts here.
+func TestRecipientsElsewhere(t *testing.T) {
+	for _, c := range []struct {
+		insight  *mesh.TrustInsight
+		link     bool
+		revision int64
+		why      string
+	}{
+		{nil, false, 0, "connected to the control plane cp-2"},
+		{&mesh.TrustInsight{Revision: "77"}, true, 77, ""},
+		{&mesh.TrustInsight{Revision: "77", Error: "read-only"}, true, 0, "read-only"},
+		{&mesh.TrustInsight{Revision: "x"}, true, 0, ""},
+	} {
+		if p := elsewhere("m", "p", "cp-2", c.insight); p.Link != c.link || p.Revision != c.revision || !strings.Contains(p.Why, c.why) || p.Mesh != "m" || p.Name != "p" {
+			t.Errorf("%+v: %+v", c.insight, p)
+		}
 	}
 }

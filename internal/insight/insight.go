@@ -265,6 +265,19 @@ func (r *Recorder) Readiness(meshName, name string, ready bool, reason string) {
 	r.touch(k, p, true)
 }
 
+// Trust records which authorities of the control plane a proxy has taken.
+func (r *Recorder) Trust(meshName, name string, t mesh.TrustInsight) {
+	k := key{meshName, name}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	p := r.load(k)
+	if p.spec.Trust != nil && *p.spec.Trust == t {
+		return
+	}
+	p.spec.Trust = &t
+	r.touch(k, p, true)
+}
+
 // Run writes what is recorded until ctx ends, and what is left then.
 func (r *Recorder) Run(ctx context.Context) error {
 	defer func() {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -234,7 +235,11 @@ func (c *conn) handle(m *linkpb.FromProxy) error {
 		c.denied(x.Denials)
 	case *linkpb.FromProxy_TrustNoted:
 		if x.TrustNoted.GetRevision() == c.trusts {
-			c.session.SetTrust(session.Trust{Revision: c.trusts, Error: cut(x.TrustNoted.GetError(), maxReason)})
+			noted := session.Trust{Revision: c.trusts, Error: cut(x.TrustNoted.GetError(), maxReason)}
+			c.session.SetTrust(noted)
+			if c.srv.cfg.ShareTrust {
+				c.srv.cfg.Insights.Trust(c.session.Node.Mesh, c.session.Node.Name, mesh.TrustInsight{Revision: strconv.FormatInt(noted.Revision, 10), Error: noted.Error})
+			}
 		}
 	}
 	return nil

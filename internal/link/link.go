@@ -48,6 +48,9 @@ type Config struct {
 	// Trust are the control plane's own anchors, which proxies are told; nil where
 	// it shows a certificate of somebody else's authority.
 	Trust Trust
+	// ShareTrust records what proxies have taken of it in their insights, for
+	// other control planes that share it.
+	ShareTrust bool
 	// Instance is this control plane's id, told to the proxy.
 	Instance string
 	// RetryBase and RetryMax bound the back-off after a certificate could not

@@ -19,6 +19,17 @@ type DataplaneInsightSpec struct {
 	Rejections []Rejection `json:"rejections,omitempty"`
 	// Readiness is what the proxy says of itself over its link.
 	Readiness *ReadinessInsight `json:"readiness,omitempty"`
+	// Trust is which authorities of the control plane the proxy has taken, where
+	// several control planes share one.
+	Trust *TrustInsight `json:"trust,omitempty"`
+}
+
+// TrustInsight is which authorities of the control plane a proxy has taken.
+type TrustInsight struct {
+	// Revision names them, in decimal.
+	Revision string `json:"revision"`
+	// Error is why it could not take them, or keep them.
+	Error string `json:"error,omitempty"`
 }
 
 // Rejection is a configuration that Envoy refused.
