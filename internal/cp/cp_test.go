@@ -23,6 +23,7 @@ import (
 
 	"kuma/internal/cp"
 	"kuma/internal/pki"
+	"kuma/test/lab"
 )
 
 // asProgram makes the test binary the program kuma-cp.
@@ -45,14 +46,22 @@ func config(t *testing.T) cp.Config {
 	cfg.General.WorkDir = filepath.Join(t.TempDir(), "work")
 	cfg.APIServer.HTTP.Interface, cfg.APIServer.HTTPS.Interface = "127.0.0.1", "127.0.0.1"
 	for _, port := range []*uint32{&cfg.APIServer.HTTP.Port, &cfg.APIServer.HTTPS.Port, &cfg.DPServer.Port, &cfg.Diagnostics.ServerPort, &cfg.MonitoringAssignmentServer.Port} {
-		l, err := net.Listen("tcp", ":0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer func() { _ = l.Close() }()
-		*port = uint32(l.Addr().(*net.TCPAddr).Port)
+		*port = freePort(t)
 	}
 	return cfg
+}
+
+// freePort is a port that nobody listens on, and that nobody else is given
+// until the test ends.
+func freePort(t *testing.T) uint32 {
+	t.Helper()
+	l := lab.New(t.TempDir(), "", "")
+	t.Cleanup(l.Close)
+	ports, err := l.Ports(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return uint32(ports[0])
 }
 
 // run runs a control plane until the test ends, or stop is called.

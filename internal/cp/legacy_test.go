@@ -25,17 +25,6 @@ import (
 // seed is the request that 0.7's manual shows, with the quote that it lacks.
 const seed = `{"name": "dp-echo-1", "mesh": "default", "type": "dataplane", "tags": {"kuma.io/service": ["backend", "backend-admin"]}}`
 
-// freePort is a port that nobody listens on.
-func freePort(t *testing.T) uint32 {
-	t.Helper()
-	l, err := net.Listen("tcp", ":0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = l.Close() }()
-	return uint32(l.Addr().(*net.TCPAddr).Port)
-}
-
 // clientPair makes a pair as kumactl generate tls-certificate does.
 func clientPair(t *testing.T, dir, name, kind string, hosts ...string) (cert, key string) {
 	t.Helper()

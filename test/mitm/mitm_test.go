@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -26,6 +25,7 @@ import (
 	"kuma/internal/ctl"
 	"kuma/internal/dp"
 	"kuma/internal/pki"
+	"kuma/test/lab"
 	"kuma/test/mitm"
 )
 
@@ -162,12 +162,13 @@ func write(t *testing.T, name, text string) string {
 // free is a port that nobody listens on.
 func free(t *testing.T) int {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l := lab.New(t.TempDir(), "", "")
+	t.Cleanup(l.Close)
+	ports, err := l.Ports(1)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = l.Close() }()
-	return l.Addr().(*net.TCPAddr).Port
+	return ports[0]
 }
 
 // bench is a control plane and what its clients need.

@@ -44,7 +44,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -65,6 +64,7 @@ import (
 	"kuma/internal/cp/cptest"
 	"kuma/internal/ctl"
 	"kuma/internal/envoy"
+	"kuma/test/lab"
 )
 
 func TestMain(m *testing.M) {
@@ -119,19 +119,15 @@ func of(ts *testscript.TestScript) *story { return ts.Value(storyKey{}).(*story)
 
 // ports gives the story ports that nobody listens on.
 func (s *story) ports() error {
-	var open []net.Listener
-	defer func() {
-		for _, l := range open {
-			_ = l.Close()
-		}
-	}()
-	for _, name := range []string{"KUMA_API_SERVER_HTTP_PORT", "KUMA_API_SERVER_HTTPS_PORT", "KUMA_DP_SERVER_PORT", "KUMA_DIAGNOSTICS_SERVER_PORT", "KUMA_MONITORING_ASSIGNMENT_SERVER_PORT", "ADMIN_PORT"} {
-		l, err := net.Listen("tcp", ":0")
-		if err != nil {
-			return err
-		}
-		open = append(open, l)
-		s.env.Setenv(name, strconv.Itoa(l.Addr().(*net.TCPAddr).Port))
+	names := []string{"KUMA_API_SERVER_HTTP_PORT", "KUMA_API_SERVER_HTTPS_PORT", "KUMA_DP_SERVER_PORT", "KUMA_DIAGNOSTICS_SERVER_PORT", "KUMA_MONITORING_ASSIGNMENT_SERVER_PORT", "ADMIN_PORT"}
+	l := lab.New(s.env.WorkDir, "", "")
+	s.env.Defer(l.Close)
+	ports, err := l.Ports(len(names))
+	if err != nil {
+		return err
+	}
+	for i, name := range names {
+		s.env.Setenv(name, strconv.Itoa(ports[i]))
 	}
 	dir := filepath.Join(s.env.WorkDir, "cp")
 	s.env.Setenv("KUMA_GENERAL_WORK_DIR", dir)
