@@ -116,6 +116,8 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// Of a connection that is used again, the deadline of the last answer.
 	deadlines := http.NewResponseController(w)
 	_ = deadlines.SetWriteDeadline(time.Now().Add(writeTimeout))
+	// The contract sends JSON as text; a browser is not to look for more in it.
+	w.Header().Set("X-Content-Type-Options", "nosniff")
 	if r.URL.Path != Path {
 		plain(w, http.StatusNotFound, "404: Page Not Found")
 		return

@@ -315,6 +315,9 @@ func TestAnswers(t *testing.T) {
 			if kind := res.Header().Get("Content-Type"); c.status == 200 && kind != "text/plain; charset=utf-8" {
 				t.Errorf("content type %q", kind)
 			}
+			if res.Header().Get("X-Content-Type-Options") != "nosniff" {
+				t.Error("browsers may look for more than text in it")
+			}
 		})
 	}
 }
