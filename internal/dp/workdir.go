@@ -61,7 +61,11 @@ func openWorkdir(cfg *Config, me dataplane) (*workdir, error) {
 			return nil, errs.New(errs.Invalid, "working directory %s: its path is too long for Unix sockets; name a shorter one with --work-dir", w.path)
 		}
 	}
-	lock, err := hold(filepath.Join(w.path, lockFile))
+	take := hold
+	if w.temp {
+		take = claim
+	}
+	lock, err := take(filepath.Join(w.path, lockFile))
 	if err != nil {
 		temp := w.temp
 		w.temp = false
@@ -124,6 +128,20 @@ func (w *workdir) close() {
 	if w.lock != nil {
 		_ = w.lock.Close()
 	}
+}
+
+// claim makes a lock file that is locked from the moment at which it can be
+// seen: a sweeper never finds it free.
+func claim(path string) (*os.File, error) {
+	f, err := hold(path + ".new")
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		_ = f.Close()
+		return nil, err
+	}
+	return f, nil
 }
 
 func hold(path string) (*os.File, error) {

@@ -96,7 +96,7 @@ networking:
 			}
 			seen := 0
 			for _, f := range findings {
-				if slices.Contains([]string{"OK", "INFO", "LOW"}, f.Severity) {
+				if slices.Contains([]string{"OK", "INFO", "LOW", "DEBUG"}, f.Severity) {
 					seen++
 					continue
 				}
