@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"os"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -40,6 +41,9 @@ type client struct {
 	mesh    string
 	// caFile and certFile are the CA's and the client's own certificate.
 	caFile, certFile string
+	// wanted is set where the server asked for a certificate and there was none:
+	// what becomes of the connection then does not always say so.
+	wanted atomic.Bool
 	// detour is where requests go instead, but for the index; nil means that
 	// they go to base.
 	detour *detour
@@ -86,6 +90,12 @@ func (a *app) clientFor(cp controlPlane) (*client, error) {
 	if base.Scheme == "https" {
 		if transport.TLSClientConfig, err = tlsConfig(api, a.now()); err != nil {
 			return nil, fmt.Errorf("control plane %q: %w", cp.Name, err)
+		}
+		if transport.TLSClientConfig.GetClientCertificate == nil {
+			transport.TLSClientConfig.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+				c.wanted.Store(true)
+				return &tls.Certificate{}, nil
+			}
 		}
 		if api.SkipVerify {
 			a.warn(notVerified, base)
@@ -297,7 +307,7 @@ func (c *client) unreachable(err error) error {
 		u.mend = "\n  " + pki.DescribeVerify(err, c.base.Hostname(), "the system's authorities") + "\n  name the CA that signed its certificate: kumactl config control-planes add --ca-cert-file FILE --overwrite …"
 	case isTrust(err):
 		u.mend = "\n  " + pki.DescribeVerify(err, c.base.Hostname(), c.caFile) + "\n  " + c.caFile + " is not the CA that signed its certificate, or the address is not in that certificate"
-	case strings.Contains(err.Error(), "remote error: tls: certificate required"):
+	case c.wanted.Load() || strings.Contains(err.Error(), "remote error: tls: certificate required"):
 		u.mend = "\n  it wants a client certificate: kumactl config control-planes add --client-cert-file FILE --client-key-file FILE --overwrite …"
 	case c.certFile != "" && strings.Contains(err.Error(), "remote error: tls: "):
 		u.mend = "\n  it may not take the client certificate " + c.certFile + ": does the control plane know its authority?"
