@@ -259,7 +259,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 		Lenient: !cfg.APIServer.Strict, Log: log.With("logger", "bootstrap"),
 	}))
 	front := &bootstrapFront{
-		next: c.whenReady(mux), hosts: shown.SANs, ca: shown.CA, names: []string{boot.XDSHost, cfg.General.AdvertisedHostname}, port: cfg.DPServer.Port,
+		hosts: shown.SANs, ca: shown.CA, names: []string{boot.XDSHost, cfg.General.AdvertisedHostname}, port: cfg.DPServer.Port,
 		used: once{log: log.With("logger", "bootstrap")},
 	}
 	c.bootstrap = &http.Server{

@@ -350,11 +350,10 @@ func local(a net.Addr) bool {
 	return ok && t.IP.IsLoopback()
 }
 
-// bootstrapFront answers on the API's port what kuma-dp of 0.7 asked there:
-// POST /bootstrap itself, and GET /bootstrap, which tells kuma-dp where to ask
-// over TLS, and how to verify it. Only programs on this machine get here.
+// bootstrapFront answers GET /bootstrap on the API's port, where kuma-dp of 0.7
+// asked for its bootstrap: it tells kuma-dp where to ask over TLS, and how to
+// verify it. Only programs on this machine get here.
 type bootstrapFront struct {
-	next  http.Handler
 	hosts func() []string
 	ca    func() []byte
 	// names are tried where the certificate lacks the name that was asked for.
@@ -365,10 +364,6 @@ type bootstrapFront struct {
 
 func (f *bootstrapFront) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	f.used.say("bootstrap by way of the API server's port", fmt.Sprintf("kuma-dp run --cp-address=https://HOST:%d --ca-cert-file=FILE", f.port), r)
-	if r.Method == http.MethodPost {
-		f.next.ServeHTTP(w, r)
-		return
-	}
 	w.Header().Set("Content-Type", "application/json")
 	_ = json.NewEncoder(w).Encode(struct {
 		URL    string `json:"url"`
@@ -413,13 +408,13 @@ func (c *ControlPlane) catalog() json.RawMessage {
 	return out
 }
 
-// elsewhere says where a proxy of another machine asks.
+// elsewhere says where a proxy asks.
 func (c *ControlPlane) elsewhere(r *http.Request) string {
 	host := r.Host
 	if h, _, err := net.SplitHostPort(host); err == nil {
 		host = h
 	}
-	return fmt.Sprintf("the API server answers /bootstrap to programs on its own machine only; use https://%s, the control plane's server for proxies, with --ca-cert-file",
+	return fmt.Sprintf("the API server has no bootstrap; use https://%s, the control plane's server for proxies, with --ca-cert-file",
 		net.JoinHostPort(strings.Trim(host, "[]"), fmt.Sprint(c.cfg.DPServer.Port)))
 }
 

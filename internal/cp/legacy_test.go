@@ -380,11 +380,14 @@ func TestBootstrapOnAPIPort(t *testing.T) {
 	if err := json.Unmarshal([]byte(text), &at); err != nil || status != 200 || at.URL != fmt.Sprintf("https://127.0.0.1:%d", cfg.DPServer.Port) || !strings.Contains(at.CACert, "BEGIN CERTIFICATE") {
 		t.Errorf("%d %s", status, text)
 	}
-	// The other end's rules hold: a token first.
-	if status, text := ask(t, plain, http.MethodPost, base+"/bootstrap", `{"mesh":"default","name":"a"}`); status != 422 || !strings.Contains(text, "Dataplane Token is required") {
-		t.Errorf("%d %s", status, text)
-	}
+	// What is asked with a token belongs on the other port, which has the link too.
 	want := fmt.Sprintf(":%d", cfg.DPServer.Port)
+	secure := caller(t, filepath.Join(cfg.General.WorkDir, pki.CAFile))
+	for _, at := range []string{base, fmt.Sprintf("https://localhost:%d", cfg.APIServer.HTTPS.Port)} {
+		if status, text := ask(t, secure, http.MethodPost, at+"/bootstrap", `{"mesh":"default","name":"a"}`); status != 404 || !strings.Contains(text, want) {
+			t.Errorf("%s: %d %s", at, status, text)
+		}
+	}
 	for name, headers := range map[string][]string{
 		"a rebound name": {"Host: rebind.evil.example"}, "a foreign page": {"Origin: https://evil.example"}, "a proxy": {"X-Forwarded-For: 192.0.2.1"},
 		"a page as fetched": {"Sec-Fetch-Site: same-site"}, "a proxy's name": {"Forwarded: for=192.0.2.1"},

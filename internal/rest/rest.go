@@ -128,9 +128,9 @@ type Config struct {
 	// Inspector and Explainer may be nil: their routes then answer 503.
 	Inspector Inspector
 	Explainer Explainer
-	// Bootstrap answers /bootstrap as Kuma 0.7 had it on this port, for programs
-	// on this machine; Elsewhere says to others where to go. Nil means that there
-	// is no such route.
+	// Bootstrap answers GET /bootstrap, which tells programs on this machine that
+	// know the port of Kuma 0.7 where proxies go; Elsewhere says it to others, and
+	// to who asks for a bootstrap itself. Nil means that there is no such route.
 	Bootstrap http.Handler
 	Elsewhere func(*http.Request) string
 	// Catalog is what GET /catalog answers to kumactl of Kuma 0.7; nil means
