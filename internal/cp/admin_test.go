@@ -11,6 +11,7 @@ import (
 	"net/http/httptest"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -30,9 +31,25 @@ import (
 var webKey = session.Key{Mesh: "default", Name: "web"}
 
 // connected are the proxies with an ADS stream.
-type connected map[session.Key]*session.Node
+type connected struct {
+	mu    sync.Mutex
+	nodes map[session.Key]*session.Node
+}
 
-func (p connected) Node(key session.Key) *session.Node { return p[key] }
+func (p *connected) Node(key session.Key) *session.Node {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.nodes[key]
+}
+
+// set has a proxy come; nil has it go.
+func (p *connected) set(key session.Key, n *session.Node) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.nodes[key] = n; n == nil {
+		delete(p.nodes, key)
+	}
+}
 
 // now is a picture that tests change.
 type now struct{ atomic.Pointer[state.Picture] }
@@ -45,12 +62,12 @@ type adminRoom struct {
 	t       *testing.T
 	world   *policytest.World
 	picture *now
-	here    connected
+	here    *connected
 }
 
 func openAdminRoom(t *testing.T) *adminRoom {
 	t.Helper()
-	r := &adminRoom{t: t, world: policytest.NewWorld(t), picture: &now{}, here: connected{webKey: {Key: webKey, AdminSocket: "/tmp/admin.sock"}}}
+	r := &adminRoom{t: t, world: policytest.NewWorld(t), picture: &now{}, here: &connected{nodes: map[session.Key]*session.Node{webKey: {Key: webKey, AdminSocket: "/tmp/admin.sock"}}}}
 	r.adminChannel = newAdminChannel(r.picture, r.here, 9901, slog.New(slog.DiscardHandler))
 	rs, err := policytest.Read("type: Mesh\nname: default\n")
 	if err != nil {
@@ -88,7 +105,7 @@ func (r *adminRoom) secret(text []byte) {
 	r.picture.Store(r.world.Put(mesh.GlobalSecrets.Make("", mesh.EnvoyAdminCA, &mesh.SecretSpec{Data: text})))
 }
 
-func (r *adminRoom) given() *proxy.Admin { return r.of(r.picture.Now(), r.here[webKey]) }
+func (r *adminRoom) given() *proxy.Admin { return r.of(r.picture.Now(), r.here.Node(webKey)) }
 
 // TestAdminCertificate: a proxy keeps its certificate, so that its configuration
 // stays the same, until something about it is another.
@@ -136,7 +153,7 @@ func TestAdminCertificate(t *testing.T) {
 			t.Error("the next renewal has no time")
 		}
 
-		delete(r.here, webKey)
+		r.here.set(webKey, nil)
 		time.Sleep(2 * time.Minute)
 		if !r.again(webKey).IsZero() {
 			t.Error("the certificate of a proxy that is gone is kept")
@@ -150,7 +167,7 @@ func TestAdminCertificate(t *testing.T) {
 // link no key is made.
 func TestLinkedProxyHasNoAdminKey(t *testing.T) {
 	r := openAdminRoom(t)
-	r.here[webKey].Link = true
+	r.here.Node(webKey).Link = true
 	if a := r.given(); a != nil || !r.again(webKey).IsZero() {
 		t.Errorf("it got %v", a)
 	}
@@ -169,7 +186,7 @@ func TestAdminAuthorityMissing(t *testing.T) {
 		if !strings.Contains(a.Problem, want) && what == "gone" || !strings.Contains(a.Problem, mesh.EnvoyAdminCA) || len(a.Key) > 0 {
 			t.Errorf("%s: problem %q", what, a.Problem)
 		}
-		if _, err := r.ask(t.Context(), r.here[webKey], "/stats"); !errs.Is(err, errs.Unavailable) {
+		if _, err := r.ask(t.Context(), r.here.Node(webKey), "/stats"); !errs.Is(err, errs.Unavailable) {
 			t.Errorf("%s: %v", what, err)
 		}
 		if len(r.Expiries()) > 0 {
@@ -217,8 +234,8 @@ func (r *adminRoom) listener(ca *pki.AdminCA, name string, callers *pki.AdminCA,
 	s.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)
 	s.StartTLS()
 	r.t.Cleanup(s.Close)
-	r.here[webKey].AdminPort = uint32(s.Listener.Addr().(*net.TCPAddr).Port)
-	r.at("127.0.0.1", r.here[webKey].AdminPort)
+	r.here.Node(webKey).AdminPort = uint32(s.Listener.Addr().(*net.TCPAddr).Port)
+	r.at("127.0.0.1", r.here.Node(webKey).AdminPort)
 }
 
 // TestAskAdmin is HRD-12 and HRD-30: a page comes from the very proxy that is
@@ -336,20 +353,18 @@ func TestAskedOnlyIfHere(t *testing.T) {
 	}()
 	r.at("127.0.0.1", uint32(l.Addr().(*net.TCPAddr).Port))
 	i := inspector{link.New(link.Config{}), r.adminChannel}
-	node := r.here[webKey]
+	node := r.here.Node(webKey)
 	for _, c := range []struct {
 		node *session.Node
 		want string
 	}{{nil, "not connected to this control plane"}, {&session.Node{Key: webKey, Link: true}, "link"}} {
-		if r.here[webKey] = c.node; c.node == nil {
-			delete(r.here, webKey)
-		}
+		r.here.set(webKey, c.node)
 		if _, err := i.Inspect(t.Context(), "default", "web", rest.Inspection{What: "clusters"}); !errs.Is(err, errs.Unavailable) || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%v, want %q", err, c.want)
 		}
 	}
 	// The same address is dialed for one that is here: the test can fail.
-	r.here[webKey] = node
+	r.here.set(webKey, node)
 	if _, err := i.Inspect(t.Context(), "default", "web", rest.Inspection{What: "clusters"}); err == nil {
 		t.Error("nobody's answer is taken")
 	}

@@ -33,9 +33,8 @@ func from(t *testing.T, source, address string, clients *tls.Config) (net.Conn, 
 
 // HRD-25: one address can't keep the others out.
 func TestOneAddressHasALimit(t *testing.T) {
-	address, clients, s := port(t, 100, 2)
 	var log bytes.Buffer
-	s.limit.log, s.limit.eachSetting = slog.New(slog.NewTextHandler(&log, nil)), "KUMA_THE_SETTING"
+	address, clients, s := portWith(t, &limit{max: 100, each: 2, eachSetting: "KUMA_THE_SETTING", log: slog.New(slog.NewTextHandler(&log, nil))})
 	for range 2 {
 		c, err := from(t, "127.0.0.1", address, clients)
 		if err != nil {

@@ -25,15 +25,26 @@ import (
 // port is a splitter with an HTTP and a gRPC server behind it.
 func port(t *testing.T, most, each int) (address string, clients *tls.Config, s *splitter) {
 	t.Helper()
-	certs, err := pki.OpenControlPlane(pki.ControlPlaneConfig{Dir: t.TempDir()})
-	if err != nil {
-		t.Fatal(err)
-	}
+	return portWith(t, &limit{max: most, each: each, log: slog.New(slog.DiscardHandler)})
+}
+
+func portWith(t *testing.T, most *limit) (address string, clients *tls.Config, s *splitter) {
+	t.Helper()
 	l, err := listen("the test", "NOTHING", "127.0.0.1", 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	s = newSplitter(l, certs.TLS(), &limit{max: most, each: each, log: slog.New(slog.DiscardHandler)})
+	clients, s = portOn(t, l, most)
+	return l.Addr().String(), clients, s
+}
+
+func portOn(t *testing.T, l net.Listener, most *limit) (clients *tls.Config, s *splitter) {
+	t.Helper()
+	certs, err := pki.OpenControlPlane(pki.ControlPlaneConfig{Dir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s = newSplitter(l, certs.TLS(), most)
 	done := make(chan struct{}, 3)
 	go func() { _ = s.run(); done <- struct{}{} }()
 	web := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.Proto) })}
@@ -51,7 +62,7 @@ func port(t *testing.T, most, each int) (address string, clients *tls.Config, s 
 	})
 	pool := x509.NewCertPool()
 	pool.AppendCertsFromPEM(certs.CA())
-	return l.Addr().String(), &tls.Config{RootCAs: pool, ServerName: "localhost"}, s
+	return &tls.Config{RootCAs: pool, ServerName: "localhost"}, s
 }
 
 func TestOnePortServesHTTPAndGRPC(t *testing.T) {
