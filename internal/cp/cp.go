@@ -56,8 +56,10 @@ type ControlPlane struct {
 	close   func() error
 	certs   *pki.ControlPlane
 	rotator *pki.Rotator
-	tracker *state.Tracker
-	keeper  *upkeep.Keeper
+	// settling says when the rotator knows all proxies.
+	settling settling
+	tracker  *state.Tracker
+	keeper   *upkeep.Keeper
 
 	// files watches the certificates that the operator gave. General is what
 	// servers show that have none of their own: certs, or a pair of files.
@@ -512,7 +514,7 @@ func (c *ControlPlane) Run(ctx context.Context) error {
 	part("insights", c.insights.Run)
 	part("names of hosts", c.hosts.run)
 	part("admin channel", c.channel.Run)
-	part("rotation", c.rotator.Run)
+	part("rotation", c.runRotator)
 	part("shared authority", c.followAuthority)
 	part("certificates", func(ctx context.Context) error {
 		return c.certs.Run(ctx, func(err error) { c.log.Error("renew the control plane's certificate", "error", err) })

@@ -1,10 +1,13 @@
 package cp
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
 	"path/filepath"
 	"strconv"
+	"sync/atomic"
+	"time"
 
 	"kuma/internal/errs"
 	"kuma/internal/link"
@@ -104,10 +107,10 @@ func (c *ControlPlane) trust(shown certificate) link.Trust {
 type recipients struct {
 	sessions *session.Registry
 	tracker  *state.Tracker
-	// instance is this control plane's; others counts what is connected to other
-	// ones.
+	// instance is this control plane's; shared: others on the same store have the
+	// same authority.
 	instance string
-	others   bool
+	shared   bool
 }
 
 func (r recipients) list() []pki.Recipient {
@@ -122,9 +125,6 @@ func (r recipients) list() []pki.Recipient {
 		}
 		out = append(out, p)
 	}
-	if !r.others {
-		return out
-	}
 	pic := r.tracker.Now()
 	for _, name := range pic.Meshes() {
 		for _, res := range pic.Mesh(name).List(mesh.DataplaneInsights.Name) {
@@ -133,8 +133,12 @@ func (r recipients) list() []pki.Recipient {
 			if _, here := r.sessions.Find(session.Key{Mesh: name, Name: res.Name}); here || n == 0 || !insight.Online() {
 				continue
 			}
-			if by := insight.Subscriptions[n-1].ControlPlaneInstanceID; by != r.instance {
+			switch by := insight.Subscriptions[n-1].ControlPlaneInstanceID; {
+			case by == r.instance:
+			case r.shared:
 				out = append(out, elsewhere(name, res.Name, by, insight.Trust))
+			default: // after ReturnDelay its insight says that it is gone
+				out = append(out, pki.Recipient{Mesh: name, Name: res.Name, Why: "it was connected before the control plane was started, and has not come back yet"})
 			}
 		}
 	}
@@ -146,7 +150,7 @@ func (r recipients) list() []pki.Recipient {
 func elsewhere(meshName, name, by string, t *mesh.TrustInsight) pki.Recipient {
 	p := pki.Recipient{Mesh: meshName, Name: name}
 	if t == nil {
-		p.Why = "it is connected to the control plane " + by + " and has acknowledged nothing there; without a link it can't"
+		p.Why = "it is connected to the control plane " + by + " (or was, before that one ended) and has acknowledged nothing there; without a link it can't"
 		return p
 	}
 	p.Link, p.Why = true, t.Error
@@ -162,8 +166,38 @@ func (c *ControlPlane) newRotator(shown certificate, instance string, log *slog.
 	cfg := pki.RotatorConfig{Certs: c.certs, Log: log}
 	if c.trust(shown) != nil {
 		cfg.Recipients = recipients{c.sessions, c.tracker, instance, c.cfg.General.TLSCAStore == caInStore}.list
+		if !c.certs.Made() { // else nobody was ever connected
+			c.settling.delay = cmp.Or(c.cfg.XDSServer.ReturnDelay, time.Minute) // as sessions and insights
+		}
+		cfg.Settled = c.settling.at
 	}
 	return pki.NewRotator(cfg)
+}
+
+// settling is when all proxies are known that were connected before a start: a
+// while after what is stored was read.
+type settling struct {
+	delay time.Duration
+	since atomic.Pointer[time.Time] // nil until it was read
+}
+
+func (s *settling) at() time.Time {
+	if since := s.since.Load(); since != nil {
+		return since.Add(s.delay)
+	}
+	return time.Now().Add(s.delay)
+}
+
+// runRotator runs the rotator, once what is stored was read.
+func (c *ControlPlane) runRotator(ctx context.Context) error {
+	select {
+	case <-c.tracker.Ready():
+	case <-ctx.Done():
+		return nil
+	}
+	now := time.Now()
+	c.settling.since.Store(&now)
+	return c.rotator.Run(ctx)
 }
 
 // rotation answers the API about the control plane's own authority.
@@ -185,6 +219,10 @@ func (r rotation) RotationStatus(context.Context) (rest.Rotation, error) {
 	if !s.RetireAfter.IsZero() {
 		at := s.RetireAfter.UTC()
 		out.RetireAfter = &at
+	}
+	if !s.Settles.IsZero() {
+		at := s.Settles.UTC()
+		out.Settles = &at
 	}
 	for _, a := range s.Anchors {
 		out.Anchors = append(out.Anchors, rest.RotationAnchor{Role: a.Role, Subject: a.Subject, Serial: a.Serial, NotBefore: a.NotBefore.UTC(), NotAfter: a.NotAfter.UTC()})

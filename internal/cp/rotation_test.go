@@ -1,15 +1,21 @@
 package cp
 
 import (
+	"context"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"kuma/internal/errs"
 	"kuma/internal/mesh"
 	"kuma/internal/pki"
+	"kuma/internal/session"
+	"kuma/internal/state"
 	"kuma/internal/store"
 	"kuma/internal/store/memstore"
 )
@@ -96,4 +102,60 @@ func TestRecipientsElsewhere(t *testing.T) {
 			t.Errorf("%+v: %+v", c.insight, p)
 		}
 	}
+}
+
+// After a start, proxies that an earlier one has left as connected are waited for,
+// and until what is stored was read and they had time to come back, nobody knows.
+func TestRecipientsAfterStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := memstore.New()
+		ago := time.Now().Add(-time.Hour)
+		open := mesh.Subscription{ID: "1", ControlPlaneInstanceID: "cp-before", ConnectTime: &ago}
+		gone, own := open, open
+		gone.DisconnectTime, own.ControlPlaneInstanceID = &ago, "cp-now"
+		for name, sub := range map[string]mesh.Subscription{"open": open, "gone": gone, "own": own} {
+			r := mesh.DataplaneInsights.Make("default", name, &mesh.DataplaneInsightSpec{Subscriptions: []mesh.Subscription{sub}})
+			if _, err := s.Put(t.Context(), store.Set(mesh.Meshes.Make("", "default", &mesh.MeshSpec{})), store.Set(r)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		c := &ControlPlane{log: slog.New(slog.DiscardHandler), cfg: Default(), tracker: state.New(state.Config{Store: s})}
+		c.sessions = session.New(session.Config{Tracker: c.tracker, Store: s})
+		dir := t.TempDir()
+		for _, first := range []bool{true, false} {
+			var err error
+			if c.certs, err = pki.OpenControlPlane(pki.ControlPlaneConfig{Dir: dir}); err != nil {
+				t.Fatal(err)
+			}
+			r := c.newRotator(c.certs, "cp-now", c.log)
+			if status, err := r.Status(); err != nil || status.Settles.IsZero() != first {
+				t.Errorf("first %t: it settles at %v, %v", first, status.Settles, err)
+			}
+			c.rotator = r
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		running.Go(func() { _ = c.runRotator(ctx) })
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if s, err := c.rotator.Status(); err != nil || !s.Settles.After(time.Now()) {
+			t.Errorf("though nothing could be read it settled at %v, %v", s.Settles, err)
+		}
+		running.Go(func() { _ = c.tracker.Run(ctx) })
+		time.Sleep(c.cfg.XDSServer.ReturnDelay - time.Second)
+		synctest.Wait()
+		status, err := c.rotator.Status()
+		if err != nil || !status.Settles.After(time.Now()) {
+			t.Errorf("it settled at %v, %v", status.Settles, err)
+		}
+		if len(status.Pending) != 1 || status.Pending[0].Name != "open" || !strings.Contains(status.Pending[0].Why, "has not come back") {
+			t.Errorf("pending are %+v", status.Pending)
+		}
+		time.Sleep(2 * time.Second)
+		if s, err := c.rotator.Status(); err != nil || !s.Settles.IsZero() {
+			t.Errorf("it has not settled: %v, %v", s.Settles, err)
+		}
+		cancel()
+		running.Wait()
+	})
 }

@@ -27,6 +27,7 @@ type rotation struct {
 	Since            time.Time
 	Automatic        bool
 	RetireAfter      *time.Time
+	Settles          *time.Time
 	Anchors          []struct {
 		Role, Subject, Serial string
 		NotBefore, NotAfter   time.Time
@@ -63,7 +64,9 @@ Without --step all steps up to the switch are taken, each when it may be:
   distribute  sends both authorities to the proxies, over their links
   switch      has the control plane show a certificate of the next authority; who
               knows only the present one verifies it still. This waits until all
-              proxies with a link have acknowledged both authorities
+              proxies with a link have acknowledged both authorities;
+              after a start of the control plane also until those that were here
+              before have had a minute to come back
   retire      forgets the old authority: who knows nothing else no longer trusts
               the control plane. It happens by itself 90 days after the switch,
               when all proxies have acknowledged the new one; proxies without a
@@ -250,14 +253,21 @@ func (a *app) finish(ctx context.Context, c *client, r rotation, o rotateOptions
 // awaitProxies returns when all proxies with a link have acknowledged.
 func (a *app) awaitProxies(ctx context.Context, c *client, timeout time.Duration) error {
 	deadline := a.now().Add(timeout)
-	told := -1
+	told, toldSettling := 0, false
 	for {
 		r, _, err := c.rotation(ctx)
 		if err != nil {
 			return err
 		}
 		waits := r.waits()
-		if len(waits) == 0 {
+		settling := r.Settles != nil
+		if settling && !toldSettling {
+			toldSettling = true
+			if err := a.print("the control plane was started a moment ago: proxies have until %s to come back\n", r.Settles.UTC().Format(time.RFC3339)); err != nil {
+				return err
+			}
+		}
+		if len(waits) == 0 && !settling {
 			return a.print("acknowledged by all %d proxies that have a link\n", len(r.Acknowledged))
 		}
 		if len(waits) != told {
@@ -265,6 +275,9 @@ func (a *app) awaitProxies(ctx context.Context, c *client, timeout time.Duration
 			if err := a.print("waiting for %d proxies to acknowledge: %s\n", told, listProxies(waits)); err != nil {
 				return err
 			}
+		}
+		if a.now().After(deadline) && settling {
+			return errs.New(errs.Unavailable, "the control plane waits until %s for proxies to come back, longer than %s; run the same command again to go on waiting, with --force to go on without them, or with --abort to go back", r.Settles.UTC().Format(time.RFC3339), timeout)
 		}
 		if a.now().After(deadline) {
 			return errs.New(errs.Unavailable, "%d proxies have not acknowledged within %s: %s; run the same command again to go on waiting, with --force to go on without them, or with --abort to go back", told, timeout, listProxies(waits))
@@ -289,7 +302,11 @@ func (a *app) showRotation(ctx context.Context, c *client, output string) error 
 	if step == "steady" {
 		step = "steady: nothing is being rotated"
 	}
-	if err := a.print("%s, since %s; next: %s\n%s\n", step, r.Since.UTC().Format(time.RFC3339), r.Next, r.afterwards()); err != nil {
+	settling := ""
+	if r.Settles != nil {
+		settling = fmt.Sprintf("the control plane was started a moment ago: proxies have until %s to come back, and neither switch nor retire are taken before\n", r.Settles.UTC().Format(time.RFC3339))
+	}
+	if err := a.print("%s, since %s; next: %s\n%s%s\n", step, r.Since.UTC().Format(time.RFC3339), r.Next, settling, r.afterwards()); err != nil {
 		return err
 	}
 	rows := [][]string{{"AUTHORITY", "SUBJECT", "SERIAL", "EXPIRATION"}}

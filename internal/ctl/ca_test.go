@@ -17,6 +17,7 @@ type rotating struct {
 	step    string
 	retire  string
 	pending int // how often its proxy is still shown as pending
+	settles int // how often it is still shown as just started
 	orders  []string
 }
 
@@ -28,8 +29,12 @@ func (c *rotating) answer() string {
 		ack, pending = `[]`, `[{"mesh":"default","name":"web","link":true,"reason":"it sleeps"}]`
 	}
 	retire := ""
+	if c.settles > 0 {
+		c.settles--
+		retire = `"settles":"2090-01-01T00:00:00Z",`
+	}
 	if c.step == "switched" {
-		retire = `"retireAfter":"` + c.retire + `",`
+		retire += `"retireAfter":"` + c.retire + `",`
 	}
 	return fmt.Sprintf(`{"step":%q,"next":%q,%s"file":"/w/kuma-cp.crt","since":"2026-01-01T00:00:00Z","anchors":[{"role":"present","subject":"CN=one","serial":"1","notAfter":"2036-01-01T00:00:00Z"}],"acknowledged":%s,"pending":%s}`, c.step, next, retire, ack, pending)
 }
@@ -97,10 +102,16 @@ func TestRotateControlPlane(t *testing.T) {
 		{"unknown step", "steady", future, 0, []string{"--step", "swich"}, 1, nil, []string{`did you mean "switch"?`}},
 		{"two things at once", "steady", future, 0, []string{"--abort", "--step", "prepare"}, 1, nil, []string{"none of the others can be"}},
 		{"output of nothing", "steady", future, 0, []string{"-o", "yaml"}, 1, nil, []string{"--output needs --status"}},
+		{"waits after a start", "distributed", future, 0, nil, 0, []string{"switch"}, []string{"proxies have until 2090-01-01T00:00:00Z to come back", "acknowledged by all", "switched:"}},
+		{"waits no longer after a start", "distributed", future, 0, []string{"--timeout", "0s"}, 1, nil, []string{"waits until 2090-01-01T00:00:00Z", "--force"}},
+		{"status after a start", "switched", future, 0, []string{"--status"}, 0, nil, []string{"started a moment ago", "neither switch nor retire"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			cp := &rotating{step: c.step, retire: c.retire, pending: c.pending}
+			if strings.HasSuffix(c.name, "after a start") {
+				cp.settles = 2
+			}
 			s := httptest.NewServer(cp)
 			defer s.Close()
 			r := newMachine(t).using(s.URL).run(append([]string{"ca", "rotate", "control-plane"}, c.args...)...)

@@ -88,6 +88,10 @@ type RotatorConfig struct {
 	Certs *ControlPlane
 	// Recipients lists the proxies that are here; nil means that there are none.
 	Recipients func() []Recipient
+	// Settled says when Recipients knows everybody: proxies that were connected
+	// before the control plane's start have come back by then, or are gone. Until
+	// then nothing is switched or retired but by force. Nil means at once.
+	Settled func() time.Time
 	// Log may be nil.
 	Log *slog.Logger
 }
@@ -102,6 +106,9 @@ type Rotator struct{ cfg RotatorConfig }
 func NewRotator(c RotatorConfig) *Rotator {
 	if c.Recipients == nil {
 		c.Recipients = func() []Recipient { return nil }
+	}
+	if c.Settled == nil {
+		c.Settled = func() time.Time { return time.Time{} }
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
@@ -131,7 +138,11 @@ type RotationStatus struct {
 	// RetireAfter is when the old authority is retired without being asked; zero
 	// before the switch.
 	RetireAfter time.Time
-	Anchors     []Anchor
+	// Settles is until when proxies that were connected before the control
+	// plane's start may come back, and nothing is switched or retired; zero once
+	// that time is over.
+	Settles time.Time
+	Anchors []Anchor
 	// Revision names the bundle that proxies are sent.
 	Revision int64
 	// Acknowledged have taken it, Pending have not; sorted by mesh and name.
@@ -146,6 +157,9 @@ func (r *Rotator) Status() (RotationStatus, error) {
 	v := r.cfg.Certs.view.Load()
 	s := v.state
 	out := RotationStatus{Step: s.Step, Since: s.Since, Next: s.Step.follows(), Automatic: s.Automatic, Revision: v.revision}
+	if at := r.cfg.Settled(); at.After(time.Now()) {
+		out.Settles = at
+	}
 	role := "present"
 	if s.Step == StepSwitched {
 		role, out.RetireAfter = "old", s.Since.Add(RetireAfter)
@@ -274,6 +288,9 @@ func (r *Rotator) told(order Order, choice func(Recipient) bool) error {
 	if err != nil {
 		return err
 	}
+	if !s.Settles.IsZero() {
+		return errs.New(errs.Conflict, "the control plane has started a moment ago, and does not know yet which proxies would be hurt by %s: they have until %s to come back; try again then, or force it", order, s.Settles.UTC().Format(time.RFC3339))
+	}
 	var names []string
 	for _, p := range s.Pending {
 		if choice(p) {
@@ -333,6 +350,8 @@ func (r *Rotator) tend() error {
 		return nil
 	case s.Step != StepSteady && s.Step != StepSwitched && !s.Automatic:
 		return nil // somebody does it by hand
+	case (s.Step == StepDistributed || s.Step == StepSwitched) && r.cfg.Settled().After(now):
+		return nil // who was here before the start may still come back
 	case s.Step == StepSteady:
 		r.cfg.Log.Info("the control plane's authority comes to its end and is rotated now", "subject", named(s.current.cert), "not_after", s.current.cert.NotAfter)
 	}

@@ -844,3 +844,71 @@ func TestExpiries(t *testing.T) {
 		t.Errorf("%v", got)
 	}
 }
+
+// HRD-33: a control plane that has just started does not know who trusts what: until
+// those that were connected before have had time to come back, nothing that could
+// lock them out happens, by itself or by hand.
+func TestRotationWaitsAfterStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fleet{}
+		cfg := pki.ControlPlaneConfig{Dir: t.TempDir(), Every: time.Minute, Machine: func() ([]string, error) { return []string{"cp"}, nil }}
+		cp := open(t, cfg)
+		start := func() *pki.Rotator {
+			at := time.Now().Add(90 * time.Second)
+			return pki.NewRotator(pki.RotatorConfig{Certs: cp, Recipients: f.recipients, Settled: func() time.Time { return at }})
+		}
+		refused := func(r *pki.Rotator, order pki.Order) {
+			t.Helper()
+			if err := r.Do(order, false); !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), "started a moment ago") {
+				t.Errorf("%s just after a start: %v", order, err)
+			}
+		}
+		r := start()
+		do(t, r, pki.OrderPrepare)
+		do(t, r, pki.OrderDistribute)
+		refused(r, pki.OrderSwitch)
+		if s := status(t, r); !s.Settles.Equal(time.Now().Add(90 * time.Second)) {
+			t.Errorf("it settles at %v", s.Settles)
+		}
+		time.Sleep(91 * time.Second)
+		if s := status(t, r); !s.Settles.IsZero() {
+			t.Errorf("it settles at %v", s.Settles)
+		}
+		do(t, r, pki.OrderSwitch)
+		refused(start(), pki.OrderRetire)
+
+		// Its time has come while nothing ran.
+		time.Sleep(pki.RetireAfter)
+		cp = open(t, cfg)
+		r = start()
+		ctx, cancel := context.WithCancel(t.Context())
+		go r.Run(ctx)
+		time.Sleep(80 * time.Second)
+		synctest.Wait()
+		if s := status(t, r); s.Step != pki.StepSwitched {
+			t.Fatalf("retired before anybody could come back: %+v", s)
+		}
+		f.set(pki.Recipient{Mesh: "m", Name: "linkless"})
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if s := status(t, r); s.Step != pki.StepSwitched {
+			t.Fatalf("retired though a proxy without a link is back: %+v", s)
+		}
+		f.set()
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if s := status(t, r); s.Step != pki.StepSteady {
+			t.Fatalf("not retired: %+v", s)
+		}
+		cancel()
+		synctest.Wait()
+
+		// By force it goes at once.
+		r = start()
+		for _, o := range orders {
+			if err := r.Do(o, true); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+}

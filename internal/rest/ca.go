@@ -36,6 +36,10 @@ type Rotation struct {
 	// RetireAfter is when the old authority is retired by itself; only after the
 	// switch.
 	RetireAfter *time.Time `json:"retireAfter,omitempty"`
+	// Settles is until when proxies that were connected before the control
+	// plane's start may come back; only until then, and without force neither
+	// switch nor retire are taken.
+	Settles *time.Time `json:"settles,omitempty"`
 	// File is where this instance writes what users give to clients.
 	File string `json:"file"`
 	// Anchors are the authorities that are trusted.
