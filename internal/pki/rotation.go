@@ -309,7 +309,7 @@ func (r *Rotator) told(order Order, choice func(Recipient) bool) error {
 }
 
 // Run begins a rotation when the authority's life comes to its end, carries on
-// those that it began, and retires old authorities, until the context ends.
+// those that it began or that somebody has left lying until then, and retires old authorities, until the context ends.
 func (r *Rotator) Run(ctx context.Context) error {
 	if r.own() != nil {
 		<-ctx.Done()
@@ -348,8 +348,8 @@ func (r *Rotator) tend() error {
 		return nil
 	case s.Step == StepSwitched && now.Before(s.Since.Add(RetireAfter)) && now.Before(s.current.cert.NotAfter):
 		return nil
-	case s.Step != StepSteady && s.Step != StepSwitched && !s.Automatic:
-		return nil // somebody does it by hand
+	case s.Step != StepSteady && s.Step != StepSwitched && !s.Automatic && !endsSoon(s.current.cert, now):
+		return nil // somebody does it by hand, and has time
 	case (s.Step == StepDistributed || s.Step == StepSwitched) && r.cfg.Settled().After(now):
 		return nil // who was here before the start may still come back
 	case s.Step == StepSteady:

@@ -912,3 +912,38 @@ func TestRotationWaitsAfterStart(t *testing.T) {
 		}
 	})
 }
+
+// HRD-33: a rotation that somebody began and forgot is carried on by the time that
+// it would have begun by itself.
+func TestForgottenRotation(t *testing.T) {
+	for n := 1; n < 3; n++ {
+		synctest.Test(t, func(t *testing.T) {
+			cp := open(t, pki.ControlPlaneConfig{Dir: t.TempDir(), Every: 24 * time.Hour, Machine: func() ([]string, error) { return nil, nil }})
+			ctx, cancel := context.WithCancel(t.Context())
+			r := pki.NewRotator(pki.RotatorConfig{Certs: cp})
+			go cp.Run(ctx, func(err error) { t.Error(err) })
+			go r.Run(ctx)
+			for _, o := range orders[:n] {
+				do(t, r, o)
+			}
+			first, step := trusting(cp.CA()), status(t, r).Step
+			time.Sleep(9*pki.Year - 10*24*time.Hour)
+			synctest.Wait()
+			if s := status(t, r); s.Step != step {
+				t.Errorf("%s: it was carried on too early: %+v", step, s)
+			}
+			time.Sleep(pki.Year)
+			synctest.Wait()
+			if s := status(t, r); s.Step != pki.StepSteady {
+				t.Errorf("%s: it was not carried on: %+v", step, s)
+			}
+			time.Sleep(30 * 24 * time.Hour)
+			synctest.Wait()
+			if err := first.connects(cp); err != nil {
+				t.Errorf("%s: after the old authority's end: %v", step, err)
+			}
+			cancel()
+			synctest.Wait()
+		})
+	}
+}
