@@ -11,6 +11,7 @@ import (
 	"encoding/hex"
 	"encoding/pem"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -19,6 +20,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"kuma/internal/errs"
@@ -305,9 +307,9 @@ func read(seen []stamp) (out []content, hash [sha256.Size]byte, err error) {
 		if s.info.Size() > maxPoolPEM {
 			return nil, hash, errs.New(errs.Invalid, "%s has %d bytes, the limit is %d", s.path, s.info.Size(), maxPoolPEM)
 		}
-		data, err := os.ReadFile(s.path)
+		data, err := readRegular(s.path)
 		if err != nil {
-			return nil, hash, errs.New(errs.Invalid, "%w; make it readable for the user that the control plane runs as", err)
+			return nil, hash, err
 		}
 		if total += len(data); total > maxPoolPEM {
 			return nil, hash, errs.New(errs.Invalid, "%s and the files before it have more than %d bytes together", s.path, maxPoolPEM)
@@ -317,6 +319,28 @@ func read(seen []stamp) (out []content, hash [sha256.Size]byte, err error) {
 		out = append(out, content{s.path, data, s.info.Mode()})
 	}
 	return out, [sha256.Size]byte(h.Sum(nil)), nil
+}
+
+// readRegular reads a file, and one byte more than the limit at most. What else
+// a path may lead to is not read: a pipe may have no writer, a device no end.
+func readRegular(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a pipe's open does not wait for its writer
+	if err != nil {
+		return nil, errs.New(errs.Invalid, "%w; make it readable for the user that the control plane runs as", err)
+	}
+	defer func() { _ = f.Close() }()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, errs.New(errs.Invalid, "%w", err)
+	}
+	if !info.Mode().IsRegular() {
+		return nil, errs.New(errs.Invalid, "%s is no regular file (mode %v); put the content into a file", path, info.Mode())
+	}
+	data, err := io.ReadAll(io.LimitReader(f, maxPoolPEM+1))
+	if err != nil {
+		return nil, errs.New(errs.Invalid, "%w", err)
+	}
+	return data, nil
 }
 
 // Pair is a server's certificate with its key, from two files that are watched.
