@@ -141,8 +141,9 @@ type watched struct {
 	mu    sync.Mutex
 	seen  []stamp
 	hash  [sha256.Size]byte
-	bad   int    // looks in a row that found something wrong
-	told  string // the fault that was told
+	bad   int      // looks in a row that found something wrong
+	told  string   // the fault that was told
+	noted []string // what was told of the content that is in use
 	last  time.Time
 	aging int // what was told of the age: 1 due, 2 nearly over, 3 over
 }
@@ -155,7 +156,8 @@ type stamp struct {
 
 func same(a, b []stamp) bool {
 	return slices.EqualFunc(a, b, func(x, y stamp) bool {
-		return x.path == y.path && os.SameFile(x.info, y.info) && x.info.Size() == y.info.Size() && x.info.ModTime().Equal(y.info.ModTime())
+		return x.path == y.path && os.SameFile(x.info, y.info) && x.info.Size() == y.info.Size() && x.info.ModTime().Equal(y.info.ModTime()) &&
+			x.info.Mode() == y.info.Mode()
 	})
 }
 
@@ -184,10 +186,14 @@ func (f *Files) open(setting string, of item) (*watched, error) {
 	return w, nil
 }
 
+// note tells what could be better, once for a content as long as it is so.
 func (w *watched) note(notes []string) {
 	for _, n := range notes {
-		w.files.cfg.Log.Warn("a certificate file could be better", "setting", w.setting, "warning", n)
+		if !slices.Contains(w.noted, n) {
+			w.files.cfg.Log.Warn("a certificate file could be better", "setting", w.setting, "warning", n)
+		}
 	}
+	w.noted = notes
 }
 
 // look takes over what has changed.
@@ -206,6 +212,11 @@ func (w *watched) look() {
 		got, hash, err = read(seen)
 	}
 	if err == nil && hash == w.hash {
+		if !same(seen, w.seen) { // who may read it may be another now
+			if _, notes, err := w.of.load(got, now); err == nil {
+				w.note(notes)
+			}
+		}
 		w.seen, w.bad, w.told = seen, 0, ""
 		return
 	}
@@ -219,7 +230,7 @@ func (w *watched) look() {
 		return
 	}
 	use()
-	w.seen, w.hash, w.bad, w.told, w.aging = seen, hash, 0, "", 0
+	w.seen, w.hash, w.bad, w.told, w.noted, w.aging = seen, hash, 0, "", nil, 0
 	w.files.taken.Add(1)
 	_, end := w.of.life()
 	w.files.cfg.Log.Info("took over a changed certificate file", "setting", w.setting, "files", w.of.paths(), "until", end.UTC().Format(time.RFC3339))

@@ -516,6 +516,18 @@ func TestReadableKey(t *testing.T) {
 	if said := log.lines("level=WARN"); len(said) != 2 {
 		t.Errorf("the log says %q", said)
 	}
+	// The same key, with another mode.
+	for i, mode := range []os.FileMode{0o600, 0o644, 0o640, 0o604} {
+		if err := os.Chmod(at.key, mode); err != nil {
+			t.Fatal(err)
+		}
+		for range 3 {
+			watch.Look()
+		}
+		if said := log.lines("level=WARN"); len(said) != 2+(i+1)/2 || watch.Taken() != 1 {
+			t.Errorf("mode %v: the log says %q, %d taken", mode, said, watch.Taken())
+		}
+	}
 }
 
 // HRD-33: the operator is told well before a certificate ends, once, and once
