@@ -309,7 +309,8 @@ func (r *Rotator) told(order Order, choice func(Recipient) bool) error {
 }
 
 // Run begins a rotation when the authority's life comes to its end, carries on
-// those that it began or that somebody has left lying until then, and retires old authorities, until the context ends.
+// those that it began or that somebody has left lying until then, and retires
+// old authorities, until the context ends.
 func (r *Rotator) Run(ctx context.Context) error {
 	if r.own() != nil {
 		<-ctx.Done()
@@ -355,8 +356,12 @@ func (r *Rotator) tend() error {
 	case s.Step == StepSteady:
 		r.cfg.Log.Info("the control plane's authority comes to its end and is rotated now", "subject", named(s.current.cert), "not_after", s.current.cert.NotAfter)
 	}
-	err := r.do(OrderNext, false, true)
-	if err == nil && (s.Step == StepSteady || s.Step == StepPrepared) {
+	order := OrderNext
+	if (s.Step == StepPrepared || s.Step == StepDistributed) && endsSoon(s.next.cert, time.Now()) {
+		order = OrderAbort // it lay there for so long that another one is needed anyway
+	}
+	err := r.do(order, false, true)
+	if err == nil && (order == OrderAbort || s.Step == StepSteady || s.Step == StepPrepared) {
 		return r.tend()
 	}
 	return err
