@@ -30,7 +30,7 @@ var layers = []struct {
 	what     string
 	packages []string
 }{
-	{"facts", []string{"errs", "names"}},
+	{"facts", []string{"errs", "names", "socket"}},
 	{"what a resource is", []string{"resource", "conf", "proto/*", "gui", "deploy"}},
 	{"nouns and materials", []string{"mesh", "envoy", "token", "pki", "seal", "audit", "tproxy"}},
 	{"rules and keeping", []string{"policy", "store", "auth"}},

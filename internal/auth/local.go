@@ -1,18 +1,12 @@
 package auth
 
 import (
-	"bufio"
 	"context"
-	"encoding/binary"
-	"encoding/hex"
-	"io"
 	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
-	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 )
@@ -21,75 +15,6 @@ import (
 // machine: the socket whose own address is local and whose peer is remote. It
 // reports false where that can't be known for certain.
 type SocketOwner func(local, remote netip.AddrPort) (uid uint32, ok bool)
-
-// KernelSocketOwner reads the kernel's socket tables (Linux). Elsewhere there
-// are none, so nobody is known.
-func KernelSocketOwner(local, remote netip.AddrPort) (uid uint32, ok bool) {
-	overflow := uint64(65534)
-	if b, err := os.ReadFile("/proc/sys/kernel/overflowuid"); err == nil {
-		if v, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 32); err == nil {
-			overflow = v
-		}
-	}
-	for _, path := range []string{"/proc/self/net/tcp", "/proc/self/net/tcp6"} {
-		f, err := os.Open(path)
-		if err != nil {
-			continue
-		}
-		uid, ok = findSocket(f, local, remote)
-		_ = f.Close()
-		if ok {
-			// A user of another user namespace is shown as this one, whoever
-			// it is.
-			return uid, uint64(uid) != overflow
-		}
-	}
-	return 0, false
-}
-
-// findSocket looks for a socket in a table of /proc/net/tcp's form. A socket
-// that its owner has closed has no inode, and its user is shown as 0: it does
-// not count.
-func findSocket(table io.Reader, local, remote netip.AddrPort) (uid uint32, ok bool) {
-	s := bufio.NewScanner(table)
-	for s.Scan() {
-		f := strings.Fields(s.Text())
-		if len(f) < 10 || !sameAddr(f[1], local) || !sameAddr(f[2], remote) {
-			continue
-		}
-		inode, err := strconv.ParseUint(f[9], 10, 64)
-		if err != nil || inode == 0 {
-			return 0, false
-		}
-		v, err := strconv.ParseUint(f[7], 10, 32)
-		if err != nil {
-			return 0, false
-		}
-		return uint32(v), true
-	}
-	return 0, false
-}
-
-// sameAddr compares "0100007F:1631", the kernel's form, with an address.
-func sameAddr(s string, want netip.AddrPort) bool {
-	host, port, ok := strings.Cut(s, ":")
-	if !ok {
-		return false
-	}
-	if p, err := strconv.ParseUint(port, 16, 16); err != nil || uint16(p) != want.Port() {
-		return false
-	}
-	b, err := hex.DecodeString(host)
-	if err != nil || len(b) != 4 && len(b) != 16 {
-		return false
-	}
-	// Words of four bytes in the machine's own order.
-	for i := 0; i < len(b); i += 4 {
-		binary.NativeEndian.PutUint32(b[i:], binary.BigEndian.Uint32(b[i:]))
-	}
-	a, ok := netip.AddrFromSlice(b)
-	return ok && a.Unmap() == want.Addr().Unmap().WithZone("")
-}
 
 // peerKey holds a connection's owner in its context.
 type peerKey struct{}

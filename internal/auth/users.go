@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"kuma/internal/errs"
+	"kuma/internal/socket"
 	"kuma/internal/token"
 )
 
@@ -56,7 +57,7 @@ type AuthenticatorConfig struct {
 	// Hosts are names of this machine that its administrator chose, for which a
 	// local request may be as it may be for localhost.
 	Hosts []string
-	// Owner tells who owns a socket; nil means KernelSocketOwner.
+	// Owner tells who owns a socket; nil means socket.Owner.
 	Owner SocketOwner
 	// Hint is added to the error of a token that does not verify.
 	Hint string
@@ -89,7 +90,7 @@ func NewAuthenticator(c AuthenticatorConfig) (*Authenticator, error) {
 	}
 	owner := c.Owner
 	if owner == nil {
-		owner = KernelSocketOwner
+		owner = socket.Owner
 	}
 	a := &Authenticator{
 		localhostIsAdmin: c.Users.LocalhostIsAdmin, hosts: c.Hosts, clientCAs: c.ClientCAs, owner: owner, uid: uint32(os.Getuid()),

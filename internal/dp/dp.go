@@ -19,6 +19,7 @@ import (
 	"github.com/google/uuid"
 
 	"kuma/internal/errs"
+	"kuma/internal/socket"
 	"kuma/internal/token"
 	"kuma/proto/linkpb"
 )
@@ -35,7 +36,7 @@ func Run(ctx context.Context, cfg Config, b Build, pod string) error {
 		if _, _, err := cfg.readToken(); err != nil {
 			return err
 		}
-		if err := cfg.signpost(ctx); err != nil {
+		if err := cfg.signpost(ctx, socket.Owner); err != nil {
 			return err
 		}
 	}
@@ -123,12 +124,12 @@ func Run(ctx context.Context, cfg Config, b Build, pod string) error {
 		if dir.token != "" {
 			p.link.keepToken = func(t string) error { _, err := dir.write(me.name, []byte(t)); return err }
 		}
-		socket, err := listenSDS(dir.sockets.SDS())
+		listener, err := listenSDS(dir.sockets.SDS())
 		if err != nil {
 			return err
 		}
 		server := newSDS(keys, log)
-		running.Go(func() { _ = server.Serve(socket) })
+		running.Go(func() { _ = server.Serve(listener) })
 		defer server.Stop()
 	}
 	gauges, err := cfg.openMetrics(dir, pair)

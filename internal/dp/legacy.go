@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
+	"os"
 	"strings"
 	"time"
 
@@ -23,12 +25,51 @@ func (c *ControlPlane) plain() bool {
 	return err == nil && u.Scheme == "http" && loopback(u.Hostname())
 }
 
+// ownerPatience is how long a connection may take to be accepted: before, it has
+// no owner.
+const ownerPatience = 3 * time.Second
+
+// owners tells which user holds the socket whose own address is local and whose
+// peer is remote; socket.Owner is one.
+type owners func(local, remote netip.AddrPort) (uid uint32, ok bool)
+
+// vouch is an error unless the other end of a connection is held by root or by
+// our own user: any other user of this machine can listen on a port that is
+// free, and would be given the proxy's token.
+func (o owners) vouch(ctx context.Context, conn net.Conn) error {
+	const mend = "name the control plane and its authority instead: --cp-address=https://HOST:5678 --ca-cert-file=FILE"
+	here, err := netip.ParseAddrPort(conn.LocalAddr().String())
+	if err != nil {
+		return errs.New(errs.Internal, "the address of a connection: %w", err)
+	}
+	there, err := netip.ParseAddrPort(conn.RemoteAddr().String())
+	if err != nil {
+		return errs.New(errs.Internal, "the address of a connection: %w", err)
+	}
+	pause, end := time.Millisecond, time.Now().Add(ownerPatience)
+	for {
+		switch uid, ok := o(there, here); {
+		case ok && (uid == 0 || uid == uint32(os.Getuid())):
+			return nil
+		case ok:
+			return errs.New(errs.Invalid, "who listens there is user %d, neither root nor the user that kuma-dp runs as, and is not believed to be the control plane; %s", uid, mend)
+		case time.Now().After(end):
+			return errs.New(errs.Invalid, "it can't be told which user listens there, as where it is in another container, or on a system that is not Linux, and so it is not believed to be the control plane; %s", mend)
+		}
+		if !sleep(ctx, pause) {
+			return ctx.Err()
+		}
+		pause = min(2*pause, 100*time.Millisecond)
+	}
+}
+
 // signpost asks the API server of this machine where its control plane's server
 // for proxies is, and by whom that is verified, and goes there from then on. All
 // that matters, the token first, is sent over TLS; what is plain is this
-// question, and its answer never leaves the machine. What the user said of the
-// control plane's authority stays.
-func (c *Config) signpost(ctx context.Context) error {
+// question, and its answer never leaves the machine. It is believed only of root
+// and of our own user. What the user said of the control plane's authority
+// stays.
+func (c *Config) signpost(ctx context.Context, owner owners) error {
 	old := c.ControlPlane.URL
 	c.Log.Warn("a deprecated form was used", "form", "--cp-address="+old, "instead", "--cp-address=https://HOST:5678 --ca-cert-file=FILE")
 	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, network, at string) (net.Conn, error) {
@@ -40,6 +81,10 @@ func (c *Config) signpost(ctx context.Context) error {
 		if to, ok := conn.RemoteAddr().(*net.TCPAddr); !ok || !to.IP.IsLoopback() {
 			_ = conn.Close()
 			return nil, fmt.Errorf("%s leads to %s, which is not this machine", at, conn.RemoteAddr())
+		}
+		if err := owner.vouch(ctx, conn); err != nil {
+			_ = conn.Close()
+			return nil, err
 		}
 		return conn, nil
 	}}
@@ -74,7 +119,11 @@ func readSignpost(ctx context.Context, client *http.Client, cp string) (at, ca s
 	}
 	resp, err := client.Do(req)
 	if err != nil {
-		return "", "", errs.New(errs.Unavailable, "ask the API server: %w", err)
+		kind := errs.Unavailable
+		if errs.Is(err, errs.Invalid) {
+			kind = errs.Invalid
+		}
+		return "", "", errs.New(kind, "ask the API server: %w", err)
 	}
 	defer resp.Body.Close()
 	body, err := readAll(resp.Body, maxSignpost)

@@ -3,12 +3,19 @@ package dp
 import (
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
+	"os"
+	"runtime"
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"kuma/internal/errs"
+	"kuma/internal/socket"
 )
 
 // The API server of this machine is asked where proxies go; what it says is
@@ -43,7 +50,7 @@ func TestSignpost(t *testing.T) {
 			if !cfg.ControlPlane.plain() {
 				t.Fatalf("%s is on this machine", s.URL)
 			}
-			err := cfg.signpost(t.Context())
+			err := cfg.signpost(t.Context(), socket.Owner)
 			if c.fault != "" {
 				if err == nil || !errs.Is(err, errs.Invalid) || !strings.Contains(err.Error(), c.fault) {
 					t.Errorf("got error %v, want one with %q", err, c.fault)
@@ -78,5 +85,82 @@ func TestPlainAddress(t *testing.T) {
 		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
 			t.Errorf("%s: got %v, want %q", url, err, want)
 		}
+	}
+}
+
+// HRD-31: who listens on this machine's port of the API is believed only where
+// it is the administrator or the user of kuma-dp.
+func TestSignpostOfAnother(t *testing.T) {
+	t.Parallel()
+	own := uint32(os.Getuid())
+	for name, c := range map[string]struct {
+		uid    uint32
+		ok     bool
+		passes bool
+	}{
+		"own":     {own, true, true},
+		"root":    {0, true, true},
+		"another": {own + 12345, true, false},
+		"hidden":  {0, false, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			asked := false
+			s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				asked = true
+				_, _ = io.WriteString(w, `{"url":"https://localhost:5678","caCert":"PEM"}`)
+			}))
+			t.Cleanup(s.Close)
+			cfg := Default()
+			cfg.Log, cfg.ControlPlane.URL = slog.New(slog.DiscardHandler), s.URL
+			port := netip.MustParseAddrPort(s.Listener.Addr().String())
+			err := cfg.signpost(t.Context(), func(local, remote netip.AddrPort) (uint32, bool) {
+				if local != port || remote == port {
+					t.Errorf("asked who owns %s, connected to %s", local, remote)
+				}
+				return c.uid, c.ok
+			})
+			switch {
+			case c.passes && (err != nil || cfg.ControlPlane.URL != "https://localhost:5678"):
+				t.Errorf("%q, %v", cfg.ControlPlane.URL, err)
+			case !c.passes && (!errs.Is(err, errs.Invalid) || asked || cfg.ControlPlane.URL != s.URL):
+				t.Errorf("%q, asked %v: %v", cfg.ControlPlane.URL, asked, err)
+			case !c.passes:
+				for _, want := range []string{"--cp-address=https://", "--ca-cert-file", s.URL} {
+					if !strings.Contains(err.Error(), want) {
+						t.Errorf("%q is not in %v", want, err)
+					}
+				}
+			}
+		})
+	}
+}
+
+// foreign accepts connections as another user does.
+type foreign struct{ net.Listener }
+
+func (f foreign) Accept() (net.Conn, error) {
+	runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
+	if err := unix.Setfsuid(12345); err != nil {
+		return nil, err
+	}
+	return f.Listener.Accept()
+}
+
+// The kernel itself says that another user listens.
+func TestSignpostByKernel(t *testing.T) {
+	if runtime.GOOS != "linux" || os.Getuid() != 0 {
+		t.Skip("only root of Linux can be another user")
+	}
+	s := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, `{"url":"https://localhost:5678","caCert":"PEM"}`)
+	}))
+	s.Listener = foreign{s.Listener}
+	s.Start()
+	t.Cleanup(s.Close)
+	cfg := Default()
+	cfg.Log, cfg.ControlPlane.URL = slog.New(slog.DiscardHandler), s.URL
+	if err := cfg.signpost(t.Context(), socket.Owner); err == nil || !strings.Contains(err.Error(), "user 12345") {
+		t.Errorf("it was believed: %v", err)
 	}
 }
