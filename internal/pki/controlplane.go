@@ -261,6 +261,9 @@ func (cp *ControlPlane) keep(state authorities) error {
 	if err != nil {
 		return err
 	}
+	if cp.config.Vault == nil {
+		state.retired = nil // it has its own files now
+	}
 	cp.show(state, version)
 	err = nil
 	if cp.config.Vault != nil {

@@ -66,6 +66,10 @@ const (
 	// rotateWithin is how much of an authority's life is left at most when its
 	// rotation begins by itself: a tenth of it, and no more than a year.
 	rotateWithin = Year
+	// lostLooks is how many looks in a row must find an authority at its end
+	// before it is replaced at once: a clock may be far ahead for some minutes
+	// after a machine's start.
+	lostLooks = 5
 	// maxNamed bounds how many proxies an error names.
 	maxNamed = 10
 )
@@ -262,6 +266,9 @@ func (r *Rotator) do(order Order, force, automatic bool) error {
 	case OrderDistribute:
 		next.Step = StepDistributed
 	case OrderSwitch:
+		if from := old.next.cert.NotBefore; now.Before(from) {
+			return errs.New(errs.Conflict, "the next authority is not valid before %s, since it was made by a clock that was ahead; set this machine's clock right, or abort and prepare another one", from.UTC().Format(time.RFC3339))
+		}
 		if err := r.told(order, func(p Recipient) bool { return p.Link }); err != nil && !force && !lost {
 			return err
 		}
@@ -270,9 +277,9 @@ func (r *Rotator) do(order Order, force, automatic bool) error {
 		if err := r.told(order, func(Recipient) bool { return true }); err != nil && !force && !lost {
 			return err
 		}
-		next = authorities{Step: StepSteady, Since: now, current: *old.next}
+		next = authorities{Step: StepSteady, Since: now, current: *old.next, retired: old.current.kept()}
 	case OrderAbort:
-		next = authorities{Step: StepSteady, Since: now, current: old.current}
+		next = authorities{Step: StepSteady, Since: now, current: old.current, retired: old.retired}
 	}
 	if err := c.keep(next); err != nil {
 		return err
@@ -318,9 +325,12 @@ func (r *Rotator) Run(ctx context.Context) error {
 	}
 	tick := time.NewTicker(r.cfg.Certs.config.Every)
 	defer tick.Stop()
-	said := ""
+	said, lost := "", 0
 	for {
-		err := r.tend()
+		if lost++; !time.Now().After(r.cfg.Certs.view.Load().state.current.cert.NotAfter) {
+			lost = 0
+		}
+		err := r.tend(lost >= lostLooks)
 		if text := errorText(err); text != said {
 			if said = text; err != nil {
 				r.cfg.Log.Warn("the rotation of the control plane's authority waits; see kumactl ca rotate control-plane --status", "reason", err)
@@ -341,28 +351,33 @@ func errorText(err error) string {
 	return err.Error()
 }
 
-// tend does what is to be done without being asked.
-func (r *Rotator) tend() error {
-	s := r.cfg.Certs.view.Load().state
-	switch now := time.Now(); {
+// tend does what is to be done without being asked. Lost: the authority has
+// ended for sure, so nobody trusts it any more.
+func (r *Rotator) tend(lost bool) error {
+	s, now := r.cfg.Certs.view.Load().state, time.Now()
+	switch {
+	case now.After(s.current.cert.NotAfter) && !lost:
+		return errs.New(errs.Unavailable, "the authority %s ended at %s by this machine's clock, which may be wrong; if it still says so in some minutes, the authority is replaced", named(s.current.cert), s.current.cert.NotAfter.UTC().Format(time.RFC3339))
 	case s.Step == StepSteady && !endsSoon(s.current.cert, now):
 		return nil
 	case s.Step == StepSwitched && now.Before(s.Since.Add(RetireAfter)) && now.Before(s.current.cert.NotAfter):
 		return nil
 	case s.Step != StepSteady && s.Step != StepSwitched && !s.Automatic && !endsSoon(s.current.cert, now):
 		return nil // somebody does it by hand, and has time
-	case (s.Step == StepDistributed || s.Step == StepSwitched) && r.cfg.Settled().After(now):
+	case (s.Step == StepDistributed || s.Step == StepSwitched) && !lost && r.cfg.Settled().After(now):
 		return nil // who was here before the start may still come back
 	case s.Step == StepSteady:
 		r.cfg.Log.Info("the control plane's authority comes to its end and is rotated now", "subject", named(s.current.cert), "not_after", s.current.cert.NotAfter)
 	}
 	order := OrderNext
-	if (s.Step == StepPrepared || s.Step == StepDistributed) && endsSoon(s.next.cert, time.Now()) {
-		order = OrderAbort // it lay there for so long that another one is needed anyway
+	if (s.Step == StepPrepared || s.Step == StepDistributed) && (endsSoon(s.next.cert, now) || now.Before(s.next.cert.NotBefore)) {
+		// It lay there for so long that another one is needed anyway, or was made
+		// by a clock that was far ahead.
+		order = OrderAbort
 	}
 	err := r.do(order, false, true)
 	if err == nil && (order == OrderAbort || s.Step == StepSteady || s.Step == StepPrepared) {
-		return r.tend()
+		return r.tend(lost)
 	}
 	return err
 }

@@ -738,8 +738,8 @@ func TestAutomaticRotation(t *testing.T) {
 	})
 }
 
-// An authority that ended while the machine slept is replaced at once: nobody
-// trusts it any more, so there is nobody to wait for.
+// An authority that ended while the machine slept is replaced as soon as that is
+// sure: nobody trusts it any more, so there is nobody to wait for.
 func TestRotationTooLate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := &fleet{}
@@ -749,7 +749,7 @@ func TestRotationTooLate(t *testing.T) {
 		r := pki.NewRotator(pki.RotatorConfig{Certs: cp, Recipients: f.recipients})
 		ctx, cancel := context.WithCancel(t.Context())
 		go r.Run(ctx)
-		time.Sleep(4 * time.Hour)
+		time.Sleep(8 * time.Hour)
 		synctest.Wait()
 		if s := status(t, r); s.Step != pki.StepSteady || s.Anchors[0].NotAfter.Before(time.Now()) {
 			t.Errorf("status %+v", s)
@@ -946,6 +946,125 @@ func TestForgottenRotation(t *testing.T) {
 			}
 			cancel()
 			synctest.Wait()
+		})
+	}
+}
+
+// HRD-33: a clock that is far ahead for a few minutes, as one without a battery may
+// be at a start, replaces nothing.
+func TestRotationWrongClock(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cp := open(t, pki.ControlPlaneConfig{Dir: t.TempDir(), Every: time.Minute, Machine: func() ([]string, error) { return nil, nil }})
+		ca := cp.CA()
+		time.Sleep(10*pki.Year + time.Hour)
+		ctx, cancel := context.WithCancel(t.Context())
+		go pki.NewRotator(pki.RotatorConfig{Certs: cp}).Run(ctx)
+		time.Sleep(3 * time.Minute)
+		synctest.Wait()
+		cancel()
+		synctest.Wait()
+		if string(cp.CA()) != string(ca) {
+			t.Error("the authority was replaced within three minutes")
+		}
+		ctx, cancel = context.WithCancel(t.Context())
+		go pki.NewRotator(pki.RotatorConfig{Certs: cp}).Run(ctx)
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		if string(cp.CA()) == string(ca) {
+			t.Error("an authority that has ended for good was not replaced")
+		}
+		cancel()
+		synctest.Wait()
+	})
+}
+
+// What is not valid yet, since it was made by a clock that was ahead, is not
+// switched to, and what the control plane began by itself it takes back.
+func TestRotationMadeTooEarly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := pki.ControlPlaneConfig{Dir: t.TempDir(), Every: time.Minute, Machine: func() ([]string, error) { return nil, nil }}
+		cp := open(t, cfg)
+		for _, o := range orders[:2] {
+			do(t, pki.NewRotator(pki.RotatorConfig{Certs: cp}), o)
+		}
+		file := filepath.Join(cfg.Dir, pki.RotationFile)
+		// The same, made by a clock that is two years ahead.
+		var k map[string]any
+		if err := json.Unmarshal([]byte(read(t, file)), &k); err != nil {
+			t.Fatal(err)
+		}
+		cert, key := laterAuthority(t, time.Now().Add(2*pki.Year))
+		k["next"], k["cross"], k["automatic"] = map[string]any{"cert": cert, "key": key}, nil, true
+		text, err := json.Marshal(k)
+		if err != nil {
+			t.Fatal(err)
+		}
+		save(t, file, text)
+		cp = open(t, cfg)
+		r := pki.NewRotator(pki.RotatorConfig{Certs: cp})
+		if err := r.Do(pki.OrderSwitch, true); !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), "not valid before") {
+			t.Errorf("switched to an authority of the future: %v", err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		go r.Run(ctx)
+		synctest.Wait()
+		if s := status(t, r); s.Step != pki.StepSteady {
+			t.Errorf("it was not taken back: %+v", s)
+		}
+		cancel()
+		synctest.Wait()
+	})
+}
+
+func laterAuthority(t *testing.T, from time.Time) (cert, key string) {
+	t.Helper()
+	m := mint(t, nil, func(c *x509.Certificate) { asCA(c); c.NotBefore, c.NotAfter = from, from.Add(10*pki.Year) })
+	return string(certPEM(m)), string(m.keyPEM(t))
+}
+
+// The pair that was retired is kept, for nobody else to read, in case it was a
+// mistake: putting it back brings the old authority back.
+func TestRetiredIsKept(t *testing.T) {
+	for _, k := range keepings() {
+		t.Run(k.name, func(t *testing.T) {
+			cfg := k.setup(t)
+			cp := open(t, cfg)
+			before := string(cp.CA())
+			key := ""
+			if cfg.Vault == nil {
+				key = read(t, filepath.Join(cfg.Dir, pki.CAKeyFile))
+			}
+			for _, o := range orders {
+				do(t, pki.NewRotator(pki.RotatorConfig{Certs: cp}), o)
+			}
+			if v, ok := cfg.Vault.(*vault); ok {
+				var k struct{ Retired struct{ Cert, Key string } }
+				if err := json.Unmarshal(v.text, &k); err != nil || k.Retired.Cert != before || !strings.Contains(k.Retired.Key, "PRIVATE KEY") {
+					t.Errorf("the secret does not keep the retired pair: %v", err)
+				}
+				for range 2 { // and it is not in the way of the next one
+					for _, o := range orders {
+						do(t, pki.NewRotator(pki.RotatorConfig{Certs: cp}), o)
+					}
+					cp = open(t, cfg)
+				}
+				return
+			}
+			for file, want := range map[string]string{pki.RetiredFile: before, pki.RetiredKeyFile: key} {
+				file = filepath.Join(cfg.Dir, file)
+				if info, err := os.Stat(file); err != nil || info.Mode().Perm() != 0o600 || read(t, file) != want {
+					t.Errorf("%s: %v, %v", file, info, err)
+				}
+			}
+			for from, to := range map[string]string{pki.RetiredFile: pki.CAFile, pki.RetiredKeyFile: pki.CAKeyFile} {
+				if err := os.Rename(filepath.Join(cfg.Dir, from), filepath.Join(cfg.Dir, to)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			cp = open(t, cfg)
+			if err := trusting([]byte(before)).connects(cp); err != nil {
+				t.Errorf("the pair was put back: %v", err)
+			}
 		})
 	}
 }

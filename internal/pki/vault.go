@@ -26,6 +26,13 @@ import (
 // rotated: both pairs and how far it has come. It is there only meanwhile.
 const RotationFile = "kuma-cp-rotation.json"
 
+// RetiredFile and RetiredKeyFile keep the pair that was retired last. Nothing reads
+// them: they are for who finds that it was a mistake.
+const (
+	RetiredFile    = "kuma-cp-retired.crt"
+	RetiredKeyFile = "kuma-cp-retired.key"
+)
+
 // maxState bounds what is read of a kept authority, in bytes.
 const maxState = 1 << 20
 
@@ -75,6 +82,9 @@ type authorities struct {
 	// cross is the next authority's certificate signed by the current one, DER;
 	// nil where that one has expired.
 	cross []byte
+	// retired is the pair that was retired last, where a shared vault keeps it,
+	// or is just to be kept.
+	retired *keptPair
 }
 
 // kept is how authorities are written, as JSON.
@@ -86,6 +96,8 @@ type kept struct {
 	Current   keptPair  `json:"current"`
 	Next      *keptPair `json:"next,omitempty"`
 	Cross     string    `json:"cross,omitempty"`
+	// Retired is not looked into.
+	Retired *keptPair `json:"retired,omitempty"`
 }
 
 type keptPair struct {
@@ -188,11 +200,13 @@ func revisionOf(bundle []byte) int64 {
 	return int64(binary.BigEndian.Uint64(sum[:8]) >> 1)
 }
 
+func (a authority) kept() *keptPair { return &keptPair{string(a.text), string(a.keyText)} }
+
 // encode writes authorities.
 func (s authorities) encode() ([]byte, error) {
-	k := kept{Format: 1, Step: s.Step, Since: s.Since.UTC(), Automatic: s.Automatic, Current: keptPair{string(s.current.text), string(s.current.keyText)}}
+	k := kept{Format: 1, Step: s.Step, Since: s.Since.UTC(), Automatic: s.Automatic, Current: *s.current.kept(), Retired: s.retired}
 	if s.next != nil {
-		k.Next = &keptPair{string(s.next.text), string(s.next.keyText)}
+		k.Next = s.next.kept()
 	}
 	if s.cross != nil {
 		k.Cross = string(encodeCert(s.cross))
@@ -215,7 +229,7 @@ func decodeAuthorities(text []byte) (authorities, error) {
 	if k.Format != 1 {
 		return bad("it has the format %d, which this version does not know; use the version that wrote it, or a newer one", k.Format)
 	}
-	s := authorities{Step: k.Step, Since: k.Since, Automatic: k.Automatic}
+	s := authorities{Step: k.Step, Since: k.Since, Automatic: k.Automatic, retired: k.Retired}
 	var err error
 	if s.current, err = readAuthority([]byte(k.Current.Cert), []byte(k.Current.Key)); err != nil {
 		return bad("its present authority: %w", err)
@@ -378,6 +392,12 @@ func (v dirVault) follow(s authorities) error {
 func (v dirVault) save(s authorities, _ uint64) (uint64, error) {
 	if s.Step == StepSteady && !filled(v.path(CAFile)) && !filled(v.path(RotationFile)) {
 		return 0, writePair(v.path(CAFile), v.path(CAKeyFile), s.current.text, s.current.keyText)
+	}
+	if old := s.retired; old != nil { // beside the others, before its own files are written over
+		if err := writePair(v.path(RetiredFile), v.path(RetiredKeyFile), []byte(old.Cert), []byte(old.Key)); err != nil {
+			return 0, err
+		}
+		s.retired = nil
 	}
 	text, err := s.encode()
 	if err != nil {
