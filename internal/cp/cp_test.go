@@ -67,9 +67,16 @@ func freePort(t *testing.T) uint32 {
 // run runs a control plane until the test ends, or stop is called.
 func run(t *testing.T, cfg cp.Config) (stop func()) {
 	t.Helper()
+	stop, _ = runLogged(t, cfg)
+	return stop
+}
+
+// runLogged is run, with the log.
+func runLogged(t *testing.T, cfg cp.Config) (stop func(), log *watcher) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
-	ready := &watcher{what: "msg=ready ", seen: make(chan struct{})}
-	c, err := cp.New(ctx, cfg, slog.New(slog.NewTextHandler(ready, nil)))
+	log = &watcher{what: "msg=ready ", seen: make(chan struct{})}
+	c, err := cp.New(ctx, cfg, slog.New(slog.NewTextHandler(log, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -83,11 +90,11 @@ func run(t *testing.T, cfg cp.Config) (stop func()) {
 	})
 	t.Cleanup(stop)
 	select {
-	case <-ready.seen:
+	case <-log.seen:
 	case <-time.After(patience):
 		t.Fatal("the control plane is not ready")
 	}
-	return stop
+	return stop, log
 }
 
 // watcher is a log that tells when something was logged.

@@ -189,7 +189,20 @@ func (c *ControlPlane) certificateOf(env string, s ServerTLS) (certificate, erro
 
 func (c *ControlPlane) openPair(env, cert, key string) (*pki.Pair, error) {
 	name := strings.ReplaceAll(strings.ToLower(strings.TrimPrefix(env, "KUMA_")), "_", "-")
-	return c.files.Pair(name, env+"_TLS_CERT_FILE", cert, key)
+	return c.files.Pair(name, env+"_TLS_CERT_FILE", cert, key, c.cfg.hosts(env)...)
+}
+
+// hosts are those that a pair must be for, now and when it is replaced. Its
+// settings' variables begin with env.
+func (c *Config) hosts(env string) []pki.Host {
+	proxies := "KUMA_GENERAL"
+	if c.DPServer.TLSCertFile != "" {
+		proxies = "KUMA_DP_SERVER"
+	}
+	if host := c.BootstrapServer.Params.XDSHost; host != "" && env == proxies {
+		return []pki.Host{{Name: host, Setting: "KUMA_BOOTSTRAP_SERVER_PARAMS_XDS_HOST"}}
+	}
+	return nil
 }
 
 // serverTLS makes the TLS configuration of a server. The name begins its
@@ -314,7 +327,7 @@ func (c *Config) advertised() []string {
 }
 
 // checkXDSHost refuses an address for proxies that the certificate of their
-// server is not for.
+// server is not for. An operator's pair is asked for it each time it is read.
 func (c *Config) checkXDSHost(cert certificate) error {
 	host, sans := c.BootstrapServer.Params.XDSHost, cert.SANs()
 	if host == "" {

@@ -662,8 +662,40 @@ func TestAdvertisedNames(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "KUMA_BOOTSTRAP_SERVER_PARAMS_XDS_HOST") || !strings.Contains(err.Error(), `["localhost" "127.0.0.1"]`) {
 		t.Errorf("error %v", err)
 	}
-	given.BootstrapServer.Params.XDSHost = "localhost"
-	run(t, given)
+	// What replaces it must have the name, too, whether the pair is the general
+	// one or the server's own.
+	for _, own := range []bool{false, true} {
+		given, files := secured(t, authority)
+		given.BootstrapServer.Params.XDSHost = "cp.example.com"
+		if own {
+			files = newPairFiles(t)
+			given.DPServer.TLSCertFile, given.DPServer.TLSKeyFile = files.cert, files.key
+		}
+		named := func() cptest.Pair {
+			p := authority.Pair(t, func(c *x509.Certificate) { c.DNSNames = append(c.DNSNames, "cp.example.com") })
+			files.put(t, p)
+			return p
+		}
+		shown := func() *x509.Certificate {
+			s, err := handshake(t, doors(given)["KUMA_DP_SERVER"], &tls.Config{RootCAs: authority.Pool(), ServerName: "cp.example.com"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return s.PeerCertificates[0]
+		}
+		named()
+		_, log := runLogged(t, given)
+		before := shown()
+		files.put(t, authority.Pair(t, nil))
+		eventually(t, "a certificate without the name is refused", func() bool {
+			return strings.Contains(log.String(), "KUMA_BOOTSTRAP_SERVER_PARAMS_XDS_HOST")
+		})
+		if !shown().Equal(before) {
+			t.Error("a certificate without the name is shown")
+		}
+		next := named()
+		eventually(t, "one that has it", func() bool { return shown().Equal(next.Cert) })
+	}
 }
 
 // HRD-08, HRD-33: the public admin server follows its files as the others do,

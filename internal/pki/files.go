@@ -280,7 +280,7 @@ func stamps(paths []string) ([]stamp, error) {
 	for _, path := range paths {
 		info, err := os.Stat(path)
 		if err != nil {
-			return nil, errs.New(errs.Invalid, "%w; put the file there, readable for the user that the control plane runs as, or correct the setting", err)
+			return nil, errs.New(errs.Invalid, "%w; put the file there, readable for the user that this program runs as, or correct the setting", err)
 		}
 		if !info.IsDir() {
 			out = append(out, stamp{path, info})
@@ -337,7 +337,7 @@ func read(seen []stamp) (out []content, hash [sha256.Size]byte, err error) {
 func readRegular(path string) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a pipe's open does not wait for its writer
 	if err != nil {
-		return nil, errs.New(errs.Invalid, "%w; make it readable for the user that the control plane runs as", err)
+		return nil, errs.New(errs.Invalid, "%w; make it readable for the user that this program runs as", err)
 	}
 	defer func() { _ = f.Close() }()
 	info, err := f.Stat()
@@ -357,9 +357,14 @@ func readRegular(path string) ([]byte, error) {
 // Pair is a server's certificate with its key, from two files that are watched.
 type Pair struct {
 	name, certFile, keyFile string
+	hosts                   []Host
 	now                     atomic.Pointer[shown]
 	again                   func()
 }
+
+// Host is a name or an address by which clients know a server, and the setting
+// that tells them.
+type Host struct{ Name, Setting string }
 
 // shown is a pair that was checked.
 type shown struct {
@@ -373,11 +378,11 @@ type shown struct {
 // Pair loads a pair and watches it: a certificate file, leaf first and then each
 // certificate's issuer (the root may be left out), and a key file. What is
 // checked: both are PEM without rubbish, belong together, are valid now and
-// strong enough; the leaf is for servers and names one; the chain is in order.
-// Errors begin with the setting, name the file and say how to mend it. The name
-// is that of the Expiry.
-func (f *Files) Pair(name, setting, certFile, keyFile string) (*Pair, error) {
-	p := &Pair{name: name, certFile: certFile, keyFile: keyFile}
+// strong enough; the leaf is for servers and names one, and each of the hosts;
+// the chain is in order. Errors begin with the setting, name the file and say
+// how to mend it. The name is that of the Expiry.
+func (f *Files) Pair(name, setting, certFile, keyFile string, hosts ...Host) (*Pair, error) {
+	p := &Pair{name: name, certFile: certFile, keyFile: keyFile, hosts: hosts}
 	w, err := f.open(setting, p)
 	if err != nil {
 		return nil, err
@@ -401,6 +406,12 @@ func (p *Pair) load(c []content, now time.Time) (func(), []string, error) {
 	s, err := checkPair(cert, key, now)
 	if err != nil {
 		return nil, nil, err
+	}
+	for _, h := range p.hosts {
+		if s.pair.Leaf.VerifyHostname(h.Name) != nil {
+			return nil, nil, errs.New(errs.Invalid, "certificate file %s: the certificate (%s) is not for %q, which clients use as %s says, but for %q; give the server a certificate that has the name, or set one of these there",
+				cert.file, called(s.pair.Leaf), h.Name, h.Setting, s.sans)
+		}
 	}
 	var notes []string
 	if key.mode.Perm()&0o007 != 0 {

@@ -356,6 +356,48 @@ func TestBadPairAtReload(t *testing.T) {
 	})
 }
 
+// TestHosts: a certificate that lacks a name that clients use is refused at the
+// start, and what comes later too.
+func TestHosts(t *testing.T) {
+	at := newPlace(t)
+	named := func(names ...string) *minted {
+		return mint(t, nil, func(c *x509.Certificate) { c.DNSNames, c.IPAddresses = names, []net.IP{net.IPv4(192, 0, 2, 7)} })
+	}
+	put := func(m *minted) *minted {
+		at.put(t, certPEM(m), m.keyPEM(t))
+		return m
+	}
+	watch, log := files()
+	hosts := []pki.Host{{Name: "cp.example.com", Setting: "KUMA_THE_NAME"}, {Name: "192.0.2.7", Setting: "KUMA_THE_ADDRESS"}}
+	open := func() (*pki.Pair, error) {
+		return watch.Pair("dp-server", "KUMA_DP_SERVER_TLS_CERT_FILE", at.cert, at.key, hosts...)
+	}
+	put(named("other.example.com"))
+	_, err := open()
+	refused(t, err, "KUMA_DP_SERVER_TLS_CERT_FILE: ", at.cert, "KUMA_THE_NAME", `"cp.example.com"`, `["other.example.com" "192.0.2.7"]`)
+	first := put(named("CP.example.com"))
+	p, err := open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	put(named("other.example.com"))
+	for range 10 {
+		watch.Look()
+	}
+	shows(t, p, first)
+	put(mint(t, nil, func(c *x509.Certificate) { c.DNSNames = []string{"cp.example.com"} }))
+	for range 10 {
+		watch.Look()
+	}
+	shows(t, p, first)
+	if said := log.lines("level=ERROR"); len(said) != 2 || !strings.Contains(said[0], "KUMA_THE_NAME") || !strings.Contains(said[1], "KUMA_THE_ADDRESS") {
+		t.Errorf("the log says %q", said)
+	}
+	next := put(named("other.example.com", "*.example.com"))
+	watch.Look()
+	shows(t, p, next)
+}
+
 // TestReloadBetweenTheTwoFiles: a writer who replaces one file and then the
 // other is not told of.
 func TestReloadBetweenTheTwoFiles(t *testing.T) {
