@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -313,13 +314,19 @@ func share(l net.Listener) (plain, encrypted net.Listener) {
 	return half{s, s.plain}, half{s, s.encrypted}
 }
 
+// run accepts connections until the listener is closed.
 func (s *shared) run() {
+	defer s.plain.Close()
+	defer s.encrypted.Close()
 	for {
 		c, err := s.Listener.Accept()
-		if err != nil {
-			_ = s.plain.Close()
-			_ = s.encrypted.Close()
+		if errors.Is(err, net.ErrClosed) {
 			return
+		}
+		if err != nil {
+			// Out of file descriptors, most likely: what is open goes on.
+			time.Sleep(50 * time.Millisecond)
+			continue
 		}
 		go s.sort(c)
 	}

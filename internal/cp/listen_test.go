@@ -1,15 +1,19 @@
 package cp
 
 import (
+	"bufio"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"runtime"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -168,4 +172,58 @@ func TestConnectionsHaveALimit(t *testing.T) {
 		t.Fatalf("after the others have gone: %v", err)
 	}
 	_ = c.Close()
+}
+
+// short is a listener of a process that is out of file descriptors for a while.
+type short struct {
+	net.Listener
+	left atomic.Int64
+}
+
+// Accept is a net.Listener's.
+func (s *short) Accept() (net.Conn, error) {
+	if s.left.Add(-1) >= 0 {
+		return nil, &net.OpError{Op: "accept", Net: "tcp", Err: syscall.EMFILE}
+	}
+	return s.Listener.Accept()
+}
+
+// HRD-25: a shared port outlives the moment in which nobody can be let in, and
+// ends when it is closed.
+func TestSharedPortGoesOn(t *testing.T) {
+	l, err := listen("the test", "NOTHING", "127.0.0.1", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	faulty := &short{Listener: l}
+	faulty.left.Store(3)
+	plain, encrypted := share(faulty)
+	defer func() { _ = plain.Close() }()
+	for want, first := range map[net.Listener]string{plain: "G", encrypted: "\x16"} {
+		c, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = c.Close() }()
+		if _, err := io.WriteString(c, first); err != nil {
+			t.Fatal(err)
+		}
+		got, err := want.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if b, err := bufio.NewReader(got).ReadByte(); err != nil || string(b) != first {
+			t.Errorf("%q %v, want %q", b, err, first)
+		}
+		_ = got.Close()
+	}
+	if faulty.left.Load() > 0 {
+		t.Error("nobody was kept out")
+	}
+	_ = encrypted.Close()
+	for _, l := range []net.Listener{plain, encrypted} {
+		if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("after the end: %v", err)
+		}
+	}
 }
