@@ -220,6 +220,10 @@ func (r rotation) RotationStatus(context.Context) (rest.Rotation, error) {
 		at := s.RetireAfter.UTC()
 		out.RetireAfter = &at
 	}
+	if !s.Held.IsZero() {
+		at := s.Held.UTC()
+		out.Held = &at
+	}
 	if !s.Settles.IsZero() {
 		at := s.Settles.UTC()
 		out.Settles = &at

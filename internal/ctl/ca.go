@@ -27,7 +27,7 @@ type rotation struct {
 	Since            time.Time
 	Automatic        bool
 	RetireAfter      *time.Time
-	Settles          *time.Time
+	Settles, Held    *time.Time
 	Anchors          []struct {
 		Role, Subject, Serial string
 		NotBefore, NotAfter   time.Time
@@ -127,7 +127,7 @@ func (a *app) rotate(ctx context.Context, o rotateOptions) error {
 		if err != nil {
 			return err
 		}
-		return a.print("aborted: the control plane's authority is the old one again (%s); give %s to clients\n", r.Anchors[0].Subject, r.File)
+		return a.print("aborted: the control plane's authority is the old one again (%s); give %s to clients\n%s", r.Anchors[0].Subject, r.File, r.afterwards())
 	}
 	if o.step != "" {
 		r, err := c.step(ctx, o.step, o.force)
@@ -185,6 +185,9 @@ func (a *app) tookStep(r rotation) error {
 // afterwards tells when and how the old authority is retired.
 func (r rotation) afterwards() string {
 	var b strings.Builder
+	if r.Held != nil {
+		fmt.Fprintf(&b, "it ends at %s: unless you rotate it before, a rotation begins by itself after %s\n", r.Anchors[0].NotAfter.UTC().Format(time.DateOnly), r.Held.UTC().Format(time.DateOnly))
+	}
 	if r.RetireAfter != nil {
 		fmt.Fprintf(&b, "the old authority is retired by itself after %s, when all proxies have acknowledged the new one; to have it now: kumactl ca rotate control-plane --step retire\n", r.RetireAfter.UTC().Format(time.DateOnly))
 	}
@@ -298,15 +301,15 @@ func (a *app) showRotation(ctx context.Context, c *client, output string) error 
 	if output != "table" {
 		return a.writeAs(output, answer)
 	}
-	step := r.Step
-	if step == "steady" {
+	step := fmt.Sprintf("%s, since %s", r.Step, r.Since.UTC().Format(time.RFC3339))
+	if r.Step == "steady" { // since when is not kept
 		step = "steady: nothing is being rotated"
 	}
 	settling := ""
 	if r.Settles != nil {
 		settling = fmt.Sprintf("the control plane was started a moment ago: proxies have until %s to come back, and neither switch nor retire are taken before\n", r.Settles.UTC().Format(time.RFC3339))
 	}
-	if err := a.print("%s, since %s; next: %s\n%s%s\n", step, r.Since.UTC().Format(time.RFC3339), r.Next, settling, r.afterwards()); err != nil {
+	if err := a.print("%s; next: %s\n%s%s\n", step, r.Next, settling, r.afterwards()); err != nil {
 		return err
 	}
 	rows := [][]string{{"AUTHORITY", "SUBJECT", "SERIAL", "EXPIRATION"}}

@@ -33,6 +33,9 @@ func (c *rotating) answer() string {
 		c.settles--
 		retire = `"settles":"2090-01-01T00:00:00Z",`
 	}
+	if len(c.orders) > 0 && c.orders[len(c.orders)-1] == "abort" {
+		retire = `"held":"2035-06-01T00:00:00Z",`
+	}
 	if c.step == "switched" {
 		retire += `"retireAfter":"` + c.retire + `",`
 	}
@@ -95,9 +98,9 @@ func TestRotateControlPlane(t *testing.T) {
 		{"one step", "steady", future, 0, []string{"--step", "prepare"}, 0, []string{"prepare"}, []string{"prepared:"}},
 		{"one step by force", "switched", future, 0, []string{"--step", "retire", "--force"}, 0, []string{"retire!"}, []string{"retired:"}},
 		{"not its turn", "steady", future, 0, []string{"--step", "retire"}, 1, []string{"retire"}, []string{"it is not the turn of retire"}},
-		{"abort", "prepared", future, 0, []string{"--abort"}, 0, []string{"abort"}, []string{"aborted:", "CN=one"}},
+		{"abort", "prepared", future, 0, []string{"--abort"}, 0, []string{"abort"}, []string{"aborted:", "CN=one", "ends at 2036-01-01", "begins by itself after 2035-06-01"}},
 		{"status", "distributed", future, 1, []string{"--status"}, 0, nil, []string{"distributed, since 2026-01-01", "next: switch", "CN=one", "2036-01-01", "it sleeps"}},
-		{"status, steady", "steady", future, 0, []string{"--status"}, 0, nil, []string{"nothing is being rotated", "yes"}},
+		{"status, steady", "steady", future, 0, []string{"--status"}, 0, nil, []string{"steady: nothing is being rotated; next: prepare\n", "yes"}},
 		{"status as JSON", "steady", future, 0, []string{"--status", "-o", "json"}, 0, nil, []string{`"file": "/w/kuma-cp.crt"`}},
 		{"unknown step", "steady", future, 0, []string{"--step", "swich"}, 1, nil, []string{`did you mean "switch"?`}},
 		{"two things at once", "steady", future, 0, []string{"--abort", "--step", "prepare"}, 1, nil, []string{"none of the others can be"}},

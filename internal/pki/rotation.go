@@ -70,6 +70,9 @@ const (
 	// before it is replaced at once: a clock may be far ahead for some minutes
 	// after a machine's start.
 	lostLooks = 5
+	// holdAfterAbort is how long after an abort no rotation begins by itself; less
+	// where the authority ends sooner than in twice this time.
+	holdAfterAbort = 30 * 24 * time.Hour
 	// maxNamed bounds how many proxies an error names.
 	maxNamed = 10
 )
@@ -142,6 +145,9 @@ type RotationStatus struct {
 	// RetireAfter is when the old authority is retired without being asked; zero
 	// before the switch.
 	RetireAfter time.Time
+	// Held is until when no rotation begins by itself, since somebody has aborted
+	// one while the authority comes to its end; zero otherwise.
+	Held time.Time
 	// Settles is until when proxies that were connected before the control
 	// plane's start may come back, and nothing is switched or retired; zero once
 	// that time is over.
@@ -161,6 +167,9 @@ func (r *Rotator) Status() (RotationStatus, error) {
 	v := r.cfg.Certs.view.Load()
 	s := v.state
 	out := RotationStatus{Step: s.Step, Since: s.Since, Next: s.Step.follows(), Automatic: s.Automatic, Revision: v.revision}
+	if s.Step == StepSteady && time.Now().Before(s.Held) {
+		out.Held = s.Held
+	}
 	if at := r.cfg.Settled(); at.After(time.Now()) {
 		out.Settles = at
 	}
@@ -257,7 +266,7 @@ func (r *Rotator) do(order Order, force, automatic bool) error {
 		if err != nil {
 			return err
 		}
-		next.Step, next.Automatic, next.next, next.cross = StepPrepared, automatic, &a, nil
+		next.Step, next.Automatic, next.Held, next.next, next.cross = StepPrepared, automatic, time.Time{}, &a, nil
 		if !lost {
 			if next.cross, err = old.current.crossSign(a, now); err != nil {
 				return err
@@ -280,6 +289,9 @@ func (r *Rotator) do(order Order, force, automatic bool) error {
 		next = authorities{Step: StepSteady, Since: now, current: *old.next, retired: old.current.kept()}
 	case OrderAbort:
 		next = authorities{Step: StepSteady, Since: now, current: old.current, retired: old.retired}
+		if end := old.current.cert.NotAfter; !automatic && endsSoon(old.current.cert, now) && now.Before(end) {
+			next.Held = now.Add(min(holdAfterAbort, end.Sub(now)/2)).Truncate(time.Second)
+		}
 	}
 	if err := c.keep(next); err != nil {
 		return err
@@ -360,6 +372,8 @@ func (r *Rotator) tend(lost bool) error {
 		return errs.New(errs.Unavailable, "the authority %s ended at %s by this machine's clock, which may be wrong; if it still says so in some minutes, the authority is replaced", named(s.current.cert), s.current.cert.NotAfter.UTC().Format(time.RFC3339))
 	case s.Step == StepSteady && !endsSoon(s.current.cert, now):
 		return nil
+	case s.Step == StepSteady && now.Before(s.Held) && !lost:
+		return nil // somebody has aborted it
 	case s.Step == StepSwitched && now.Before(s.Since.Add(RetireAfter)) && now.Before(s.current.cert.NotAfter):
 		return nil
 	case s.Step != StepSteady && s.Step != StepSwitched && !s.Automatic && !endsSoon(s.current.cert, now):

@@ -1068,3 +1068,74 @@ func TestRetiredIsKept(t *testing.T) {
 		})
 	}
 }
+
+// An abort in the authority's last year is not undone at the next look, nor by a
+// restart, but in time before the end.
+func TestAbortIsRemembered(t *testing.T) {
+	for _, shared := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			cfg := pki.ControlPlaneConfig{Dir: t.TempDir(), Every: time.Hour, Machine: func() ([]string, error) { return nil, nil }}
+			if shared {
+				cfg.Vault = &vault{}
+			}
+			cp := open(t, cfg)
+			run := func(d time.Duration) *pki.Rotator {
+				r := pki.NewRotator(pki.RotatorConfig{Certs: cp, Recipients: func() []pki.Recipient { return []pki.Recipient{{Mesh: "m", Name: "deaf", Link: true}} }})
+				ctx, cancel := context.WithCancel(t.Context())
+				go r.Run(ctx)
+				time.Sleep(d)
+				synctest.Wait()
+				cancel()
+				synctest.Wait()
+				return r
+			}
+			time.Sleep(9*pki.Year + 24*time.Hour)
+			r := run(time.Hour)
+			if s := status(t, r); s.Step != pki.StepDistributed {
+				t.Fatalf("in the last year: %+v", s)
+			}
+			do(t, r, pki.OrderAbort)
+			until := status(t, r).Held
+			held := filepath.Join(t.TempDir(), "held")
+			if err := os.CopyFS(held, os.DirFS(cfg.Dir)); err != nil {
+				t.Fatal(err)
+			}
+			if left := time.Until(until); left < 29*24*time.Hour || left > 31*24*time.Hour {
+				t.Errorf("held until %v", until)
+			}
+			for range 2 {
+				if s := status(t, run(24*time.Hour)); s.Step != pki.StepSteady || !s.Held.Equal(until) {
+					t.Errorf("shared %t: the abort was undone: %+v", shared, s)
+				}
+				cp = open(t, cfg)
+			}
+			if s := status(t, run(30*24*time.Hour)); s.Step != pki.StepDistributed || !s.Held.IsZero() {
+				t.Errorf("shared %t: no rotation after the time: %+v", shared, s)
+			}
+			if !shared { // who puts another pair there meanwhile gets that one
+				other := pki.ControlPlaneConfig{Dir: t.TempDir(), Machine: cfg.Machine}
+				open(t, other)
+				for _, name := range []string{pki.CAFile, pki.CAKeyFile} {
+					save(t, filepath.Join(held, name), []byte(read(t, filepath.Join(other.Dir, name))))
+				}
+				if put := open(t, pki.ControlPlaneConfig{Dir: held, Machine: cfg.Machine}); string(put.CA()) != read(t, filepath.Join(other.Dir, pki.CAFile)) {
+					t.Error("the pair that was put there is not the authority")
+				}
+			}
+			// Near the end the time is shorter, and by hand nothing is held.
+			time.Sleep(334*24*time.Hour - 40*24*time.Hour)
+			cp = open(t, cfg)
+			r = pki.NewRotator(pki.RotatorConfig{Certs: cp})
+			do(t, r, pki.OrderAbort)
+			s := status(t, r)
+			if left := time.Until(s.Held); left < time.Hour || left > s.Anchors[0].NotAfter.Sub(time.Now())/2+time.Hour {
+				t.Errorf("held until %v, it ends at %v", s.Held, s.Anchors[0].NotAfter)
+			}
+			do(t, r, pki.OrderPrepare)
+			do(t, r, pki.OrderDistribute)
+			if s := status(t, r); !s.Held.IsZero() {
+				t.Errorf("it is held: %+v", s)
+			}
+		})
+	}
+}

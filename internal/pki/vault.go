@@ -76,6 +76,9 @@ type authorities struct {
 	Since time.Time
 	// Automatic: the control plane began the rotation by itself.
 	Automatic bool
+	// Held is until when no rotation begins by itself, since somebody has aborted
+	// one; zero where nobody has.
+	Held time.Time
 
 	current authority
 	next    *authority
@@ -93,6 +96,7 @@ type kept struct {
 	Step      Step      `json:"step"`
 	Since     time.Time `json:"since"`
 	Automatic bool      `json:"automatic,omitempty"`
+	Held      time.Time `json:"held,omitzero"`
 	Current   keptPair  `json:"current"`
 	Next      *keptPair `json:"next,omitempty"`
 	Cross     string    `json:"cross,omitempty"`
@@ -204,7 +208,7 @@ func (a authority) kept() *keptPair { return &keptPair{string(a.text), string(a.
 
 // encode writes authorities.
 func (s authorities) encode() ([]byte, error) {
-	k := kept{Format: 1, Step: s.Step, Since: s.Since.UTC(), Automatic: s.Automatic, Current: *s.current.kept(), Retired: s.retired}
+	k := kept{Format: 1, Step: s.Step, Since: s.Since.UTC(), Automatic: s.Automatic, Held: s.Held.UTC(), Current: *s.current.kept(), Retired: s.retired}
 	if s.next != nil {
 		k.Next = s.next.kept()
 	}
@@ -229,7 +233,7 @@ func decodeAuthorities(text []byte) (authorities, error) {
 	if k.Format != 1 {
 		return bad("it has the format %d, which this version does not know; use the version that wrote it, or a newer one", k.Format)
 	}
-	s := authorities{Step: k.Step, Since: k.Since, Automatic: k.Automatic, retired: k.Retired}
+	s := authorities{Step: k.Step, Since: k.Since, Automatic: k.Automatic, Held: k.Held, retired: k.Retired}
 	var err error
 	if s.current, err = readAuthority([]byte(k.Current.Cert), []byte(k.Current.Key)); err != nil {
 		return bad("its present authority: %w", err)
@@ -343,7 +347,16 @@ func (v dirVault) load() (authorities, uint64, error) {
 		if err != nil {
 			return s, 0, errs.New(errs.KindOf(err), "%s: %w; bring the file back, or remove it to go on with the authority in %s", rotation, err, CAFile)
 		}
-		return s, 0, v.follow(s)
+		if s.Step != StepSteady || s.Held.IsZero() || !haveCert || !haveKey {
+			return s, 0, v.follow(s)
+		}
+		// An abort changes no key: another one was put there by somebody since.
+		if key, err := readFile(keyFile); err != nil || bytes.Equal(key, s.current.keyText) {
+			return s, 0, v.follow(s)
+		}
+		if err := os.Remove(rotation); err != nil {
+			return authorities{}, 0, errs.New(errs.Internal, "end the rotation of the authority: %w", err)
+		}
 	}
 	switch {
 	case haveCert && !haveKey:
@@ -379,7 +392,7 @@ func (v dirVault) follow(s authorities) error {
 			return err
 		}
 	}
-	if s.Step != StepSteady {
+	if s.Step != StepSteady || time.Now().Before(s.Held) {
 		return nil
 	}
 	err := os.Remove(v.path(RotationFile))

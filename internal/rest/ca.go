@@ -36,6 +36,9 @@ type Rotation struct {
 	// RetireAfter is when the old authority is retired by itself; only after the
 	// switch.
 	RetireAfter *time.Time `json:"retireAfter,omitempty"`
+	// Held is until when no rotation begins by itself, since one was aborted
+	// while the authority comes to its end.
+	Held *time.Time `json:"held,omitempty"`
 	// Settles is until when proxies that were connected before the control
 	// plane's start may come back; only until then, and without force neither
 	// switch nor retire are taken.
