@@ -498,8 +498,8 @@ func (p *Pool) load(all []content, now time.Time) (func(), []string, error) {
 			return nil, nil, errs.New(errs.Invalid, "certificate file %s: %w", c.file, err)
 		}
 		for i, cert := range certs {
-			if err := CheckCA(cert); err != nil && !slices.Contains(cert.ExtKeyUsage, x509.ExtKeyUsageClientAuth) {
-				return nil, nil, errs.New(errs.Invalid, "certificate file %s: certificate %d (%s) is neither an authority nor a client's certificate: %w; put the authority there that signed the clients' certificates", c.file, i+1, called(cert), err)
+			if why := cannotSign(cert); why != "" && !slices.Contains(cert.ExtKeyUsage, x509.ExtKeyUsageClientAuth) {
+				return nil, nil, errs.New(errs.Invalid, "certificate file %s: certificate %d (%s) is neither an authority nor a client's certificate: %s, and its extended key usage lacks clientAuth; put the authority there that signed the clients' certificates", c.file, i+1, called(cert), why)
 			}
 			if now.After(cert.NotAfter) {
 				notes = append(notes, fmt.Sprintf("certificate file %s: certificate %d (%s) ended at %s; clients that rest on it are refused", c.file, i+1, called(cert), cert.NotAfter.UTC().Format(time.RFC3339)))
@@ -521,6 +521,18 @@ func (p *Pool) load(all []content, now time.Time) (func(), []string, error) {
 		p.now.Store(t)
 		p.changes.Add(1)
 	}, notes, nil
+}
+
+// cannotSign returns why a certificate is no authority (RFC 5280, 4.2.1.9 and
+// 4.2.1.3: without the extension its key's usage is not limited), or nothing.
+func cannotSign(c *x509.Certificate) string {
+	switch {
+	case !c.BasicConstraintsValid || !c.IsCA:
+		return "it has no basic constraint CA:TRUE"
+	case c.KeyUsage != 0 && c.KeyUsage&x509.KeyUsageCertSign == 0:
+		return "its key usage lacks keyCertSign"
+	}
+	return ""
 }
 
 func (p *Pool) life() (begin, end time.Time) {
