@@ -3,10 +3,12 @@ package cp
 import (
 	"cmp"
 	"context"
+	"errors"
 	"log/slog"
 	"path/filepath"
 	"strconv"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"kuma/internal/errs"
@@ -245,6 +247,9 @@ func rotationProxies(list []pki.Recipient) []rest.RotationProxy {
 // Rotate takes a step.
 func (r rotation) Rotate(ctx context.Context, step string, force bool) (rest.Rotation, error) {
 	if err := r.rotator.Do(pki.Order(step), force); err != nil {
+		if _, is := errors.AsType[syscall.Errno](err); is { // a disk that is full or read-only: the caller, an administrator, can mend it
+			err = errs.New(errs.Unavailable, "%w; mend that, see kumactl ca rotate control-plane --status, and ask again", err)
+		}
 		return rest.Rotation{}, err
 	}
 	return r.RotationStatus(ctx)
