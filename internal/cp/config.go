@@ -275,7 +275,12 @@ type InterCP struct {
 // reads and checks its settings; it opens no port for it.
 type InterCPServer struct {
 	Port uint32 `json:"port"`
-	ServerTLS
+	// TLSMinVersion and TLSMaxVersion are TLSv1_2 or TLSv1_3. Its certificate is
+	// none of the operator's: instances make theirs of the secret "inter-cp-ca".
+	TLSMinVersion string `json:"tlsMinVersion"`
+	TLSMaxVersion string `json:"tlsMaxVersion"`
+	// TLSCipherSuites lists Go's names of suites for TLS 1.2.
+	TLSCipherSuites []string `json:"tlsCipherSuites"`
 }
 
 // ZoneConfig names this zone.

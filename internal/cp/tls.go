@@ -42,13 +42,14 @@ type tlsServer struct {
 
 // tlsServers lists all servers that have TLS settings.
 func (c *Config) tlsServers() []tlsServer {
+	among := c.InterCP.Server
 	return []tlsServer{
 		{"KUMA_DP_SERVER", c.DPServer.ServerTLS},
 		{"KUMA_API_SERVER_HTTPS", c.APIServer.HTTPS.ServerTLS},
 		{"KUMA_DIAGNOSTICS", c.Diagnostics.ServerTLS},
 		{madsEnv, c.MonitoringAssignmentServer.ServerTLS},
 		{"KUMA_MULTIZONE_GLOBAL_KDS", c.Multizone.Global.KDS.ServerTLS},
-		{"KUMA_INTER_CP_SERVER", c.InterCP.Server.ServerTLS},
+		{"KUMA_INTER_CP_SERVER", ServerTLS{TLSMinVersion: among.TLSMinVersion, TLSMaxVersion: among.TLSMaxVersion, TLSCipherSuites: among.TLSCipherSuites}},
 	}
 }
 

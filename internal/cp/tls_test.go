@@ -632,6 +632,12 @@ func TestTLSSettings(t *testing.T) {
 	if err != nil || len(warnings) > 0 {
 		t.Errorf("%v %q", err, warnings)
 	}
+	// Instances among themselves have no files: theirs are made for them. Who sets
+	// some is told so.
+	_, warnings, err = cp.Load("", []string{"KUMA_INTER_CP_SERVER_TLS_CERT_FILE=/nonexistent", "KUMA_INTER_CP_SERVER_TLS_KEY_FILE=/nonexistent"})
+	if said := strings.Join(warnings, "\n"); err != nil || !strings.Contains(said, "KUMA_INTER_CP_SERVER_TLS_CERT_FILE") || !strings.Contains(said, "KUMA_INTER_CP_SERVER_TLS_KEY_FILE") {
+		t.Errorf("files for instances among themselves: %v, warnings %q", err, warnings)
+	}
 	if s := cfg.DPServer.ServerTLS; s.TLSMinVersion != "TLSv1_3" || len(s.TLSCipherSuites) != 1 || cfg.Multizone.Global.KDS.GRPCPort != 1 || cfg.InterCP.Server.Port != 2 {
 		t.Errorf("settings are not read: %+v", cfg)
 	}
