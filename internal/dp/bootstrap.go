@@ -221,20 +221,21 @@ func sleep(ctx context.Context, d time.Duration) bool {
 // bootstrap asks for Envoy's first configuration until it gets an answer, can't
 // get one, or the time for it is over.
 func bootstrap(ctx context.Context, cfg *Config, t *trust, r *bootstrapRequest) (*bootstrapAnswer, error) {
-	body, err := json.Marshal(r)
-	if err != nil {
-		return nil, errs.New(errs.Internal, "write the bootstrap request: %w", err)
-	}
-	transport := &http.Transport{
-		TLSClientConfig: t.tls(), DisableKeepAlives: true,
-		DialContext: (&net.Dialer{Timeout: bootstrapTimeout}).DialContext, TLSHandshakeTimeout: bootstrapTimeout,
-	}
-	client := &http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-	defer client.CloseIdleConnections()
+	client := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	pauses := backoff{limit: cfg.ControlPlane.RetryBackoff}
 	deadline := time.Now().Add(cfg.ControlPlane.RetryMaxDuration)
 	said := changes{log: cfg.Log}
 	for {
+		// The authorities may have changed since the last attempt.
+		r.CACert = string(t.request())
+		body, err := json.Marshal(r)
+		if err != nil {
+			return nil, errs.New(errs.Internal, "write the bootstrap request: %w", err)
+		}
+		client.Transport = &http.Transport{
+			TLSClientConfig: t.tls(), DisableKeepAlives: true,
+			DialContext: (&net.Dialer{Timeout: bootstrapTimeout}).DialContext, TLSHandshakeTimeout: bootstrapTimeout,
+		}
 		out, err := fetch(ctx, client, t, cfg.ControlPlane.URL, body)
 		if err == nil {
 			return out, nil
@@ -272,10 +273,10 @@ func (c *changes) warn(message string, err error, args ...any) {
 
 func (c *changes) clear() { c.last = "" }
 
-func (c *Config) request(me dataplane, v envoyVersion, b Build, w *workdir, ca []byte, token, tokenPath, instance string) *bootstrapRequest {
+func (c *Config) request(me dataplane, v envoyVersion, b Build, w *workdir, token, tokenPath, instance string) *bootstrapRequest {
 	r := &bootstrapRequest{
 		Mesh: me.mesh, Name: me.name, ProxyType: c.ProxyType, DataplaneResource: me.doc,
-		DataplaneToken: token, DataplaneTokenPath: tokenPath, CACert: string(ca),
+		DataplaneToken: token, DataplaneTokenPath: tokenPath,
 		DynamicMetadata: map[string]string{}, DNSPort: c.DNSPort, ReadinessPort: c.ReadinessPort,
 		OperatingSystem: runtime.GOOS, Features: c.features(), Workdir: w.path,
 		SystemCAPath: c.systemCA(), IPv6Enabled: c.IPv6 && hasIPv6(), Instance: instance,

@@ -420,23 +420,6 @@ func (c *Config) memory() uint64 {
 	return 0
 }
 
-// caCert returns the authority that the user gave, as PEM, or nothing where
-// the system's authorities count.
-func (c *Config) caCert() ([]byte, error) {
-	if c.ControlPlane.CACert != "" {
-		return []byte(c.ControlPlane.CACert), nil
-	}
-	file := c.ControlPlane.CACertFile
-	if file == "" {
-		return nil, nil
-	}
-	b, err := readLimited(file, maxCA)
-	if err != nil {
-		return nil, errs.New(errs.Invalid, "could not read certificate file %s: %w", file, err)
-	}
-	return b, nil
-}
-
 const (
 	maxCA        = 1 << 20
 	maxToken     = 64 << 10

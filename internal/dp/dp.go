@@ -40,15 +40,10 @@ func Run(ctx context.Context, cfg Config, b Build, pod string) error {
 			return err
 		}
 	}
-	ca, err := cfg.caCert()
+	believed, err := cfg.openTrust()
 	if err != nil {
 		return err
 	}
-	believed, err := newTrust(ca, cfg.ControlPlane.SkipVerify)
-	if err != nil {
-		return err
-	}
-	believed.source = cfg.caSource()
 	if cfg.ControlPlane.SkipVerify {
 		log.Warn("the control plane's certificate is not verified: whoever answers at its address can take this proxy over; remove --skip-verify")
 	}
@@ -86,6 +81,7 @@ func Run(ctx context.Context, cfg Config, b Build, pod string) error {
 	defer running.Wait()
 	defer end()
 
+	running.Go(func() { believed.follow(life) })
 	version := make(chan func() (envoyVersion, error), 1)
 	running.Go(func() {
 		v, err := versionOf(life, binary, cfg.CacheDir)
@@ -159,7 +155,7 @@ func Run(ctx context.Context, cfg Config, b Build, pod string) error {
 		instance = p.link.hello.GetInstance()
 		p.link.hello.EnvoyVersion = v.number
 	}
-	config, err := bootstrap(ctx, &cfg, believed, cfg.request(me, v, b, dir, believed.request(), secretToken, tokenFile, instance))
+	config, err := bootstrap(ctx, &cfg, believed, cfg.request(me, v, b, dir, secretToken, tokenFile, instance))
 	if err != nil {
 		return err
 	}

@@ -317,7 +317,7 @@ func TestFailuresAtStart(t *testing.T) {
 			c.ControlPlane.URL = strings.Replace(c.ControlPlane.URL, "127.0.0.1", "localhost", 1)
 		}, []string{"x509: certificate is not valid for any names, but wanted to match localhost", "by a name that its certificate has"}},
 		{"CA file missing", fine, func(c *Config) { c.ControlPlane.CACert, c.ControlPlane.CACertFile = "", file }, []string{"could not read certificate file " + file + ": open " + file + ": no such file or directory"}},
-		{"CA file is none", fine, func(c *Config) { c.ControlPlane.CACert = "nonsense" }, []string{"there is no certificate in it", "--ca-cert-file"}},
+		{"CA file is none", fine, func(c *Config) { c.ControlPlane.CACert = "nonsense" }, []string{"KUMA_CONTROL_PLANE_CA_CERT: it is not PEM"}},
 		{"plain address", fine, func(c *Config) { c.ControlPlane.URL = "http://192.0.2.1:5678" }, []string{"--cp-address", "must start with https://"}},
 		{"API port", api, nil, []string{"There is no /bootstrap endpoint for provided CP address"}},
 		{"mesh unknown", invalid, nil, []string{`Failed to fetch Envoy bootstrap config. Invalid request: mesh: mesh "nomesh" does not exist`}},

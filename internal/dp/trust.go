@@ -2,6 +2,7 @@ package dp
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
@@ -16,6 +17,9 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"kuma/internal/errs"
 	"kuma/internal/names"
@@ -35,13 +39,19 @@ const featureTrustFile = "feature-trust-file"
 // replace each other; the former stay. It is safe for concurrent use.
 type trust struct {
 	skip bool
-	// given is what the user gave, as PEM; nil where the system's count.
-	given []byte
-	// source says where that is from, for who reads an error.
+	// source says where what the user gave is from, for who reads an error.
 	source string
 	log    *slog.Logger
+	// files watches anchors, which is the file that the user gave; nil where it
+	// was none.
+	files   *pki.Files
+	anchors *pki.Anchors
 
 	mu sync.Mutex
+	// given is what the user gave, as PEM; nil where the system's count.
+	given []byte
+	// version is that of anchors which has got everywhere.
+	version uint64
 	// kept is the control plane's own list.
 	kept []byte
 	// roots is nil where only the system's authorities count.
@@ -59,13 +69,93 @@ type trust struct {
 func newTrust(pem []byte, skip bool) (*trust, error) {
 	t := &trust{skip: skip, log: slog.New(slog.DiscardHandler), lacks: "there is no state directory"}
 	if len(pem) > 0 {
-		pool := x509.NewCertPool()
-		if !pool.AppendCertsFromPEM(pem) {
-			return nil, errs.New(errs.Invalid, "read the authority of the control plane's certificate: there is no certificate in it; --ca-cert-file (KUMA_CONTROL_PLANE_CA_CERT_FILE) or KUMA_CONTROL_PLANE_CA_CERT must give certificates as PEM")
+		clean, _, err := pki.ServerAnchors(pem, time.Now())
+		if err != nil {
+			return nil, err
 		}
-		t.given, t.roots = pem, pool
+		t.given, t.roots = clean, x509.NewCertPool()
+		t.roots.AppendCertsFromPEM(clean)
 	}
 	return t, nil
+}
+
+// openTrust takes in what the user said of the control plane's authority. A
+// file is watched: look, or follow, takes over what is put in its place.
+func (c *Config) openTrust() (*trust, error) {
+	cp := c.ControlPlane
+	if cp.CACert != "" || cp.CACertFile == "" {
+		t, err := newTrust([]byte(cp.CACert), cp.SkipVerify)
+		if err != nil {
+			return nil, errs.New(errs.Invalid, "KUMA_CONTROL_PLANE_CA_CERT: %w", err)
+		}
+		t.source = c.caSource()
+		return t, nil
+	}
+	// The contract's words where it can't be opened; no pipe is waited for.
+	f, err := os.OpenFile(cp.CACertFile, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, errs.New(errs.Invalid, "could not read certificate file %s: %w", cp.CACertFile, err)
+	}
+	_ = f.Close()
+	files := pki.NewFiles(pki.FilesConfig{Log: c.Log})
+	anchors, err := files.Anchors("control-plane-ca", "--ca-cert-file (KUMA_CONTROL_PLANE_CA_CERT_FILE)", cp.CACertFile)
+	if err != nil {
+		return nil, err
+	}
+	version := anchors.Version()
+	t, err := newTrust(anchors.PEM(), cp.SkipVerify)
+	if err != nil {
+		return nil, err
+	}
+	t.files, t.anchors, t.version, t.source = files, anchors, version, c.caSource()
+	return t, nil
+}
+
+// follow takes over what is put in place of the user's file, until the context
+// ends.
+func (t *trust) follow(ctx context.Context) {
+	if t.files == nil {
+		return
+	}
+	tick := time.NewTicker(pki.DefaultReload)
+	defer tick.Stop()
+	said := changes{log: t.log}
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if err := t.look(); err != nil {
+			said.warn("the new authorities of the control plane's certificate can't be handed to Envoy, trying again", err)
+		} else {
+			said.clear()
+		}
+	}
+}
+
+// look takes over what has changed in the user's file: for connections that are
+// opened from now on, and for Envoy.
+func (t *trust) look() error {
+	t.files.Look()
+	version := t.anchors.Version()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if version == t.version {
+		return nil
+	}
+	t.given = t.anchors.PEM()
+	if err := t.believe(t.kept); err != nil {
+		return err
+	}
+	if t.envoy != "" {
+		t.started = t.given
+	}
+	if err := t.tellEnvoy(); err != nil {
+		return err
+	}
+	t.version = version
+	return nil
 }
 
 // tls is how the control plane is connected to now.
