@@ -258,7 +258,12 @@ func (g General) tlsOf(env string, s ServerTLS, cert certificate, clients *clien
 	return t, nil
 }
 
-// maxClientChain is how many certificates a client may send.
+// maxClientChain is how many certificates a client may send. They are counted
+// after they were verified: crypto/tls has no hook before, and who verifies by
+// himself instead leaves ConnectionState.VerifiedChains empty, by which the API
+// knows a client. What the verification costs is bounded elsewhere: by the size
+// of the message (256 KiB), of RSA keys (8192 bits), and by x509, which gives up
+// after a hundred signatures (HRD-24, TestClientCertificates).
 const maxClientChain = 10
 
 // clientCAs are those whose clients' certificates a server takes.
