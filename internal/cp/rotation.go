@@ -215,7 +215,7 @@ func (r rotation) RotationStatus(context.Context) (rest.Rotation, error) {
 		return rest.Rotation{}, err
 	}
 	out := rest.Rotation{
-		Step: string(s.Step), Since: s.Since.UTC(), Next: string(s.Next), Automatic: s.Automatic, File: filepath.Join(r.dir, pki.CAFile),
+		Step: string(s.Step), Since: s.Since.UTC(), Next: string(s.Next), Automatic: s.Automatic, Note: s.Note, File: filepath.Join(r.dir, pki.CAFile),
 		Revision: strconv.FormatInt(s.Revision, 10), Acknowledged: rotationProxies(s.Acknowledged), Pending: rotationProxies(s.Pending),
 	}
 	if !s.RetireAfter.IsZero() {

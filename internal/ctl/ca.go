@@ -23,12 +23,12 @@ func (a *app) caCommand() *cobra.Command {
 
 // rotation is what GET /ca/control-plane answers.
 type rotation struct {
-	Step, Next, File string
-	Since            time.Time
-	Automatic        bool
-	RetireAfter      *time.Time
-	Settles, Held    *time.Time
-	Anchors          []struct {
+	Step, Next, File, Note string
+	Since                  time.Time
+	Automatic              bool
+	RetireAfter            *time.Time
+	Settles, Held          *time.Time
+	Anchors                []struct {
 		Role, Subject, Serial string
 		NotBefore, NotAfter   time.Time
 	}
@@ -173,7 +173,7 @@ func (a *app) tookStep(r rotation) error {
 	last := r.Anchors[len(r.Anchors)-1]
 	switch r.Step {
 	case "prepared":
-		return a.print("prepared: the next authority is %s (serial %s, until %s); %s holds both: give it to clients\n", last.Subject, last.Serial, last.NotAfter.UTC().Format(time.DateOnly), r.File)
+		return a.print("prepared: the next authority is %s (serial %s, until %s); %s holds both: give it to clients\n%s", last.Subject, last.Serial, last.NotAfter.UTC().Format(time.DateOnly), r.File, r.note())
 	case "distributed":
 		return a.print("distributed: %d proxies are being sent both authorities\n", len(r.Acknowledged)+len(r.Pending))
 	case "switched":
@@ -182,9 +182,18 @@ func (a *app) tookStep(r rotation) error {
 	return a.print("retired: the control plane's authority is %s alone; %s holds it: give it to clients\n", last.Subject, r.File)
 }
 
+// note is the control plane's note on a line of its own.
+func (r rotation) note() string {
+	if r.Note == "" {
+		return ""
+	}
+	return r.Note + "\n"
+}
+
 // afterwards tells when and how the old authority is retired.
 func (r rotation) afterwards() string {
 	var b strings.Builder
+	b.WriteString(r.note())
 	if r.Held != nil {
 		fmt.Fprintf(&b, "it ends at %s: unless you rotate it before, a rotation begins by itself after %s\n", r.Anchors[0].NotAfter.UTC().Format(time.DateOnly), r.Held.UTC().Format(time.DateOnly))
 	}

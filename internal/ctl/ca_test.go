@@ -33,6 +33,9 @@ func (c *rotating) answer() string {
 		c.settles--
 		retire = `"settles":"2090-01-01T00:00:00Z",`
 	}
+	if c.step == "prepared" {
+		retire = `"note":"give it to all",`
+	}
 	if len(c.orders) > 0 && c.orders[len(c.orders)-1] == "abort" {
 		retire = `"held":"2035-06-01T00:00:00Z",`
 	}
@@ -95,7 +98,7 @@ func TestRotateControlPlane(t *testing.T) {
 		{"does not wait", "distributed", future, 1000, []string{"--force"}, 0, []string{"switch!"}, []string{"switched:", "not yet acknowledged by web"}},
 		{"too early to retire", "switched", future, 0, nil, 0, nil, []string{"retired by itself after 2090-01-01", "--step retire"}},
 		{"time to retire", "switched", past, 0, nil, 0, []string{"retire"}, []string{"retired:", "/w/kuma-cp.crt holds it"}},
-		{"one step", "steady", future, 0, []string{"--step", "prepare"}, 0, []string{"prepare"}, []string{"prepared:"}},
+		{"one step", "steady", future, 0, []string{"--step", "prepare"}, 0, []string{"prepare"}, []string{"prepared:", "clients\ngive it to all\n"}},
 		{"one step by force", "switched", future, 0, []string{"--step", "retire", "--force"}, 0, []string{"retire!"}, []string{"retired:"}},
 		{"not its turn", "steady", future, 0, []string{"--step", "retire"}, 1, []string{"retire"}, []string{"it is not the turn of retire"}},
 		{"abort", "prepared", future, 0, []string{"--abort"}, 0, []string{"abort"}, []string{"aborted:", "CN=one", "ends at 2036-01-01", "begins by itself after 2035-06-01"}},

@@ -252,24 +252,24 @@ func (cp *ControlPlane) reread() error {
 	return errors.Join(cp.writeAnchors(state), cp.fit(false))
 }
 
-// keep saves a new state, shows it, and serves what fits it.
-func (cp *ControlPlane) keep(state authorities) error {
+// keep saves a new state, shows it, and serves what fits it. Once it is saved it
+// is kept, even where the rest fails.
+func (cp *ControlPlane) keep(state authorities) (kept bool, err error) {
 	version, err := cp.vault.save(state, cp.version)
 	if errs.Is(err, errs.Conflict) {
-		return errors.Join(errs.New(errs.Conflict, "another control plane has changed the authority at the same moment; look at where it is, and try again"), cp.reread())
+		return false, errors.Join(errs.New(errs.Conflict, "another control plane has changed the authority at the same moment; look at where it is, and try again"), cp.reread())
 	}
 	if err != nil {
-		return err
+		return false, err
 	}
 	if cp.config.Vault == nil {
 		state.retired = nil // it has its own files now
 	}
 	cp.show(state, version)
-	err = nil
 	if cp.config.Vault != nil {
 		err = cp.writeAnchors(state)
 	}
-	return errors.Join(err, cp.fit(false))
+	return true, errors.Join(err, cp.fit(false))
 }
 
 // writeAnchors writes kuma-cp.crt where the authority is kept elsewhere.
@@ -437,6 +437,9 @@ func (cp *ControlPlane) Run(ctx context.Context, failed func(error)) error {
 		}
 		cp.mu.Lock()
 		err := cp.fit(false)
+		if cp.config.Vault != nil { // what could not be written before
+			err = errors.Join(err, cp.writeAnchors(cp.view.Load().state))
+		}
 		cp.mu.Unlock()
 		if err != nil && failed != nil {
 			failed(err)

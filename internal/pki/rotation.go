@@ -145,6 +145,8 @@ type RotationStatus struct {
 	// RetireAfter is when the old authority is retired without being asked; zero
 	// before the switch.
 	RetireAfter time.Time
+	// Note says what else is to be thought of before the next step; mostly empty.
+	Note string
 	// Held is until when no rotation begins by itself, since somebody has aborted
 	// one while the authority comes to its end; zero otherwise.
 	Held time.Time
@@ -167,6 +169,9 @@ func (r *Rotator) Status() (RotationStatus, error) {
 	v := r.cfg.Certs.view.Load()
 	s := v.state
 	out := RotationStatus{Step: s.Step, Since: s.Since, Next: s.Step.follows(), Automatic: s.Automatic, Revision: v.revision}
+	if (s.Step == StepPrepared || s.Step == StepDistributed) && s.cross == nil {
+		out.Note = "the present certificate can't vouch for the next authority: who knows the present one alone refuses the control plane from the switch on; give " + CAFile + " to all clients before"
+	}
 	if s.Step == StepSteady && time.Now().Before(s.Held) {
 		out.Held = s.Held
 	}
@@ -227,7 +232,8 @@ func (r *Rotator) own() error {
 
 // Do carries an order out. Errors: Invalid for an unknown order; Conflict where
 // there is nothing to rotate, where it is not this one's turn, or where proxies
-// would lose their trust, which are named then. Force does the latter all the
+// would lose their trust, which are named then; Unavailable where the step was
+// taken and is kept, but what follows from it could not be written yet. Force does the latter all the
 // same: these proxies can't connect anew until they are given the new authority.
 func (r *Rotator) Do(order Order, force bool) error {
 	return r.do(order, force, false)
@@ -278,7 +284,7 @@ func (r *Rotator) do(order Order, force, automatic bool) error {
 		if from := old.next.cert.NotBefore; now.Before(from) {
 			return errs.New(errs.Conflict, "the next authority is not valid before %s, since it was made by a clock that was ahead; set this machine's clock right, or abort and prepare another one", from.UTC().Format(time.RFC3339))
 		}
-		if err := r.told(order, func(p Recipient) bool { return p.Link }); err != nil && !force && !lost {
+		if err := r.told(order, func(p Recipient) bool { return p.Link || old.cross == nil }); err != nil && !force && !lost {
 			return err
 		}
 		next.Step = StepSwitched
@@ -293,10 +299,14 @@ func (r *Rotator) do(order Order, force, automatic bool) error {
 			next.Held = now.Add(min(holdAfterAbort, end.Sub(now)/2)).Truncate(time.Second)
 		}
 	}
-	if err := c.keep(next); err != nil {
+	taken, err := c.keep(next)
+	if !taken {
 		return err
 	}
 	r.cfg.Log.Info("the rotation of the control plane's authority has come on", "order", string(order), "step", string(next.Step), "force", force, "automatic", automatic)
+	if err != nil {
+		return errs.New(errs.Unavailable, "the step %s was taken, but %w", order, err)
+	}
 	return nil
 }
 

@@ -1139,3 +1139,75 @@ func TestAbortIsRemembered(t *testing.T) {
 		})
 	}
 }
+
+// A step that was kept counts as taken, whatever then can't be written; the error
+// says so.
+func TestStepTakenBut(t *testing.T) {
+	cfg := pki.ControlPlaneConfig{Dir: t.TempDir(), Vault: &vault{}}
+	cp := open(t, cfg)
+	file := filepath.Join(cfg.Dir, pki.CAFile)
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Join(file, "x"), 0o700); err != nil { // can't be written over, root or not
+		t.Fatal(err)
+	}
+	r := pki.NewRotator(pki.RotatorConfig{Certs: cp})
+	if err := r.Do(pki.OrderPrepare, false); err == nil || !errs.Is(err, errs.Unavailable) || !strings.Contains(err.Error(), "the step prepare was taken, but ")& || !strings.Contains(err.Error(), pki.CAFile) {
+		t.Errorf("error %v", err)
+	}
+	if s := status(t, r); s.Step != pki.StepPrepared {
+		t.Errorf("%+v", s)
+	}
+	if err := os.RemoveAll(file); err != nil {
+		t.Fatal(err)
+	}
+	do(t, r, pki.OrderDistribute)
+	if read(t, file) != string(cp.CA()) {
+		t.Error("kuma-cp.crt is not written with the next step")
+	}
+}
+
+// A server's certificate that may not sign is served, and rotated away from: nobody
+// verifies the next authority by it, so the switch waits for all, and what is kept
+// can be read at each step.
+func TestRotateFromPlainCertificate(t *testing.T) {
+	for _, k := range []keeping{
+		{"file", func(t *testing.T) pki.ControlPlaneConfig { return pki.ControlPlaneConfig{Dir: t.TempDir()} }},
+		{"store", func(t *testing.T) pki.ControlPlaneConfig {
+			return pki.ControlPlaneConfig{Dir: t.TempDir(), Vault: &vault{}}
+		}},
+	} {
+		t.Run(k.name, func(t *testing.T) {
+			cfg := k.setup(t)
+			plain := mint(t, nil, func(c *x509.Certificate) { c.DNSNames = []string{"localhost"} })
+			save(t, filepath.Join(cfg.Dir, pki.CAFile), certPEM(plain))
+			save(t, filepath.Join(cfg.Dir, pki.CAKeyFile), plain.keyPEM(t))
+			f := &fleet{}
+			f.set(pki.Recipient{Mesh: "m", Name: "linkless"})
+			for i, order := range orders {
+				cp := open(t, cfg)
+				r := pki.NewRotator(pki.RotatorConfig{Certs: cp, Recipients: f.recipients})
+				if i == 2 {
+					if err := r.Do(order, false); !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), "linkless in mesh m") {
+						t.Errorf("switched under a proxy that verifies neither: %v", err)
+					}
+					f.set()
+				}
+				do(t, r, order)
+				if got, want := status(t, r).Note != "", i < 2; got != want {
+					t.Errorf("%s: note %q", order, status(t, r).Note)
+				}
+				again := open(t, cfg)
+				if string(again.CA()) != string(cp.CA()) || status(t, pki.NewRotator(pki.RotatorConfig{Certs: again})).Step != status(t, r).Step {
+					t.Errorf("%s: another state after a start", order)
+				}
+				if i > 1 {
+					if err := trusting(cp.CA()).connects(again); err != nil {
+						t.Errorf("%s: %v", order, err)
+					}
+				}
+			}
+		})
+	}
+}

@@ -83,7 +83,7 @@ type authorities struct {
 	current authority
 	next    *authority
 	// cross is the next authority's certificate signed by the current one, DER;
-	// nil where that one has expired.
+	// nil where that one has expired or may not sign.
 	cross []byte
 	// retired is the pair that was retired last, where a shared vault keeps it,
 	// or is just to be kept.
@@ -215,7 +215,11 @@ func (s authorities) encode() ([]byte, error) {
 	if s.cross != nil {
 		k.Cross = string(encodeCert(s.cross))
 	}
-	return json.MarshalIndent(k, "", "  ")
+	text, err := json.MarshalIndent(k, "", "  ")
+	if err == nil {
+		_, err = decodeAuthorities(text) // what can't be read back must not be written
+	}
+	return text, err
 }
 
 // decodeAuthorities reads what encode wrote, and believes none of it.
@@ -274,8 +278,13 @@ func decodeAuthorities(text []byte) (authorities, error) {
 	return s, nil
 }
 
-// crossSign signs the next authority's certificate by the present one.
+// crossSign signs the next authority's certificate by the present one. It is nil
+// where nobody would believe that: a server's certificate that may not sign, or
+// no authority below it.
 func (a authority) crossSign(next authority, now time.Time) ([]byte, error) {
+	if CheckCA(a.cert) != nil || a.cert.MaxPathLenZero {
+		return nil, nil
+	}
 	number, err := serial()
 	if err != nil {
 		return nil, err

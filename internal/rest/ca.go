@@ -36,6 +36,8 @@ type Rotation struct {
 	// RetireAfter is when the old authority is retired by itself; only after the
 	// switch.
 	RetireAfter *time.Time `json:"retireAfter,omitempty"`
+	// Note says what else is to be thought of before the next step.
+	Note string `json:"note,omitempty"`
 	// Held is until when no rotation begins by itself, since one was aborted
 	// while the authority comes to its end.
 	Held *time.Time `json:"held,omitempty"`
