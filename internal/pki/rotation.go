@@ -232,9 +232,10 @@ func (r *Rotator) own() error {
 
 // Do carries an order out. Errors: Invalid for an unknown order; Conflict where
 // there is nothing to rotate, where it is not this one's turn, or where proxies
-// would lose their trust, which are named then; Unavailable where the step was
-// taken and is kept, but what follows from it could not be written yet. Force does the latter all the
-// same: these proxies can't connect anew until they are given the new authority.
+// would lose their trust, which are named then, which Force does all the same:
+// these proxies can't connect anew until they are given the new authority;
+// Unavailable where the step was taken and is kept, but what follows from it could
+// not be written yet.
 func (r *Rotator) Do(order Order, force bool) error {
 	return r.do(order, force, false)
 }

@@ -1153,7 +1153,7 @@ func TestStepTakenBut(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := pki.NewRotator(pki.RotatorConfig{Certs: cp})
-	if err := r.Do(pki.OrderPrepare, false); err == nil || !errs.Is(err, errs.Unavailable) || !strings.Contains(err.Error(), "the step prepare was taken, but ")& || !strings.Contains(err.Error(), pki.CAFile) {
+	if err := r.Do(pki.OrderPrepare, false); !errs.Is(err, errs.Unavailable) || !strings.Contains(err.Error(), "the step prepare was taken, but ") || !strings.Contains(err.Error(), pki.CAFile) {
 		t.Errorf("error %v", err)
 	}
 	if s := status(t, r); s.Step != pki.StepPrepared {
