@@ -18,6 +18,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -251,13 +252,42 @@ func TestStreamsThroughReloads(t *testing.T) {
 }
 
 // TestBadPairsOfServers: a pair that can't be used ends the start, and the error
-// names the setting of the server that has it; later it is refused and the old
-// one goes on.
+// names the setting of the server that has it. Put there later, each is refused,
+// the log says so with the setting, and the old one goes on.
 func TestBadPairsOfServers(t *testing.T) {
 	ca := cptest.NewCA(t)
+	stranger := ca.Pair(t, nil)
+	bad := []struct {
+		put  func(*testing.T, pairFiles)
+		want string
+	}{
+		{func(t *testing.T, f pairFiles) { p := ca.Pair(t, nil); p.Key = stranger.Key; f.put(t, p) }, "is not the key of certificate file"},
+		{func(t *testing.T, f pairFiles) {
+			f.put(t, ca.Pair(t, func(c *x509.Certificate) {
+				c.NotBefore, c.NotAfter = time.Now().Add(-2*time.Hour), time.Now().Add(-time.Hour)
+			}))
+		}, "expired at"},
+		{func(t *testing.T, f pairFiles) {
+			f.put(t, ca.Pair(t, func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Hour) }))
+		}, "is not valid before"},
+		{func(t *testing.T, f pairFiles) {
+			f.put(t, ca.Pair(t, func(c *x509.Certificate) { c.DNSNames, c.IPAddresses = nil, nil }))
+		}, "names no host"},
+		{func(t *testing.T, f pairFiles) {
+			f.put(t, ca.Pair(t, func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth} }))
+		}, "lacks serverAuth"}, // HRD-31
+		{func(t *testing.T, f pairFiles) { cut(t, f.cert, 100) }, "damaged or cut off"},
+		{func(t *testing.T, f pairFiles) { cut(t, f.cert, 0) }, "it is empty"},
+		{func(t *testing.T, f pairFiles) { cut(t, f.key, 100) }, "damaged or cut off"},
+		{func(t *testing.T, f pairFiles) {
+			if err := os.Remove(f.key); err != nil {
+				t.Fatal(err)
+			}
+		}, "no such file"},
+	}
 	for _, c := range []struct {
 		setting string
-		of      func(*cp.Config) *cp.ServerTLS
+		of      func(*cp.Config) *cp.ServerTLS // nil: the general one
 	}{
 		{"KUMA_GENERAL_TLS_CERT_FILE", nil},
 		{"KUMA_DP_SERVER_TLS_CERT_FILE", func(c *cp.Config) *cp.ServerTLS { return &c.DPServer.ServerTLS }},
@@ -280,9 +310,59 @@ func TestBadPairsOfServers(t *testing.T) {
 			if err == nil || !strings.Contains(err.Error(), c.setting+": key file "+files.key+" is not the key of certificate file "+files.cert) {
 				t.Errorf("error %v", err)
 			}
-			files.put(t, ca.Pair(t, nil))
-			run(t, cfg)
+			good := ca.Pair(t, nil)
+			files.put(t, good)
+			_, log := runLogged(t, cfg)
+			// What a port shows that has this pair; the one for zones isn't open yet.
+			shown := func() *x509.Certificate { return nil }
+			server := strings.TrimSuffix(c.setting, "_TLS_CERT_FILE")
+			if c.of == nil {
+				server = "KUMA_DP_SERVER"
+			}
+			if address, ok := doors(cfg)[server]; ok {
+				shown = func() *x509.Certificate {
+					s, err := handshake(t, address, &tls.Config{RootCAs: ca.Pool(), ServerName: "localhost"})
+					if err != nil {
+						t.Fatal(err)
+					}
+					return s.PeerCertificates[0]
+				}
+			}
+			// lines counts the log's about this setting.
+			lines := func(wants ...string) (n int) {
+				for line := range strings.Lines(log.String()) {
+					if strings.Contains(line, "setting="+c.setting+" ") && !slices.ContainsFunc(wants, func(w string) bool { return !strings.Contains(line, w) }) {
+						n++
+					}
+				}
+				return n
+			}
+			for i, b := range bad {
+				before := lines("level=ERROR", "is refused", b.want)
+				b.put(t, files)
+				eventually(t, b.want, func() bool { return lines("level=ERROR", "is refused", b.want) > before })
+				if now := shown(); now != nil && !now.Equal(good.Cert) {
+					t.Errorf("%s: it is shown", b.want)
+				}
+				if n := lines("took over"); n != i {
+					t.Errorf("%s: %d pairs were taken over, want %d", b.want, n, i)
+				}
+				good = ca.Pair(t, nil)
+				files.put(t, good)
+				eventually(t, "a good one", func() bool { return lines("took over") > i })
+				if now := shown(); now != nil && !now.Equal(good.Cert) {
+					t.Errorf("after %s: a good one is not shown", b.want)
+				}
+			}
 		})
+	}
+}
+
+// cut leaves the beginning of a file.
+func cut(t *testing.T, file string, length int64) {
+	t.Helper()
+	if err := os.Truncate(file, length); err != nil {
+		t.Fatal(err)
 	}
 }
 
