@@ -2,6 +2,7 @@ package dp
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"net"
@@ -72,7 +73,7 @@ func (o owners) vouch(ctx context.Context, conn net.Conn) error {
 func (c *Config) signpost(ctx context.Context, owner owners) error {
 	old := c.ControlPlane.URL
 	c.Log.Warn("a deprecated form was used", "form", "--cp-address="+old, "instead", "--cp-address=https://HOST:5678 --ca-cert-file=FILE")
-	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, network, at string) (net.Conn, error) {
+	dial := func(ctx context.Context, network, at string) (net.Conn, error) {
 		conn, err := (&net.Dialer{Timeout: bootstrapTimeout}).DialContext(ctx, network, at)
 		if err != nil {
 			return nil, err
@@ -87,7 +88,8 @@ func (c *Config) signpost(ctx context.Context, owner owners) error {
 			return nil, err
 		}
 		return conn, nil
-	}}
+	}
+	transport := &http.Transport{DisableKeepAlives: true, DialContext: dial}
 	client := &http.Client{Transport: transport, Timeout: bootstrapTimeout, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	defer client.CloseIdleConnections()
 	pauses := backoff{limit: c.ControlPlane.RetryBackoff}
@@ -103,12 +105,32 @@ func (c *Config) signpost(ctx context.Context, owner owners) error {
 			c.Log.Info("the control plane's server for proxies", "control_plane", at)
 			return nil
 		}
+		if errs.Is(err, errs.Unavailable) && speaksTLS(ctx, dial, old) {
+			err = errs.New(errs.Invalid, "there is TLS at this address: write --cp-address=%s, and name its authority with --ca-cert-file=FILE", strings.Replace(old, "http://", "https://", 1))
+		}
 		if ctx.Err() != nil || errs.Is(err, errs.Invalid) || time.Now().After(deadline) {
 			return errs.New(errs.KindOf(err), "Failed to fetch Envoy bootstrap config. %w", err)
 		}
 		said.warn("the API server does not answer, trying again", err)
 		sleep(ctx, pauses.pause())
 	}
+}
+
+// speaksTLS reports whether the server of a URL without TLS speaks it all the
+// same. Nothing else is sent there, so nobody has to be verified.
+func speaksTLS(ctx context.Context, dial func(ctx context.Context, network, at string) (net.Conn, error), cp string) bool {
+	u, err := url.Parse(cp)
+	if err != nil || u.Port() == "" {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	conn, err := dial(ctx, "tcp", u.Host)
+	if err != nil {
+		return false
+	}
+	defer conn.Close()
+	return tls.Client(conn, &tls.Config{MinVersion: tls.VersionTLS12, InsecureSkipVerify: true}).HandshakeContext(ctx) == nil
 }
 
 // readSignpost asks once. Errors are Invalid where asking again can't help.

@@ -1,6 +1,8 @@
 package dp
 
 import (
+	"context"
+	"crypto/tls"
 	"io"
 	"log/slog"
 	"net"
@@ -11,6 +13,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -85,6 +88,35 @@ func TestPlainAddress(t *testing.T) {
 		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
 			t.Errorf("%s: got %v, want %q", url, err, want)
 		}
+	}
+}
+
+// Without TLS nobody answers where TLS is spoken: the address is wrong, and
+// waiting does not mend that.
+func TestSignpostAtTLS(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Close() })
+	cert := newAuthority(t).server(t)
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_ = tls.Server(conn, &tls.Config{Certificates: []tls.Certificate{cert}}).Handshake()
+			_ = conn.Close()
+		}
+	}()
+	cfg := Default()
+	cfg.Log, cfg.ControlPlane.URL = slog.New(slog.DiscardHandler), "http://"+l.Addr().String()
+	ctx, stop := context.WithTimeout(t.Context(), 10*time.Second)
+	defer stop()
+	if err := cfg.signpost(ctx, socket.Owner); ctx.Err() != nil || !errs.Is(err, errs.Invalid) || !strings.Contains(err.Error(), "--cp-address=https://"+l.Addr().String()) || !strings.Contains(err.Error(), "--ca-cert-file") {
+		t.Error(err)
 	}
 }
 
