@@ -309,7 +309,7 @@ func (c *client) unreachable(err error) error {
 		u.mend = "\n  " + pki.DescribeVerify(err, c.base.Hostname(), c.caFile) + "\n  " + c.caFile + " is not the CA that signed its certificate, or the address is not in that certificate"
 	case c.wanted.Load() || strings.Contains(err.Error(), "remote error: tls: certificate required"):
 		u.mend = "\n  it wants a client certificate: kumactl config control-planes add --client-cert-file FILE --client-key-file FILE --overwrite …"
-	case c.certFile != "" && strings.Contains(err.Error(), "remote error: tls: "):
+	case c.certFile != "" && (strings.Contains(err.Error(), "remote error: tls: ") || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET)):
 		u.mend = "\n  it may not take the client certificate " + c.certFile + ": does the control plane know its authority?"
 	case errors.As(err, &timeout) && timeout.Timeout():
 		u.mend = "\n  no answer in time; --api-timeout sets how long to wait"
