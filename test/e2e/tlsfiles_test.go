@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"bytes"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -113,4 +114,65 @@ func TestPublicAuthority(t *testing.T) {
 		}
 		return err
 	})
+}
+
+// TestAuthorityFileReplaced: the file that a proxy was given as --ca-cert-file
+// gets a second authority, the control plane's next certificate is of that one,
+// and kuma-dp and its Envoy come back without a restart. A bad file before is
+// refused with one line (HRD-33).
+func TestAuthorityFileReplaced(t *testing.T) {
+	r := open(t)
+	first, second := cptest.NewCA(t), cptest.NewCA(t)
+	dir := filepath.Join(r.Dir, "pki")
+	r.must(os.Mkdir(dir, 0o700))
+	certFile, keyFile, caFile := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key"), filepath.Join(dir, "ca.crt")
+	put := func(file string, data ...[]byte) {
+		r.must(os.WriteFile(file+".new", bytes.Join(data, nil), 0o600))
+		r.must(os.Rename(file+".new", file))
+	}
+	pair := func(ca *cptest.CA) {
+		cert, key := ca.Pair(t, nil).PEM(t)
+		put(certFile, cert)
+		put(keyFile, key)
+	}
+	pair(first)
+	put(caFile, first.PEM())
+	cp := r.controlPlane("KUMA_GENERAL_TLS_CERT_FILE="+certFile, "KUMA_GENERAL_TLS_KEY_FILE="+keyFile)
+	cp.CA = caFile
+	r.apply(cp, mtls("STRICT"))
+	r.apply(cp, permitAll)
+	web := r.join(cp, "web", r.caller("web"), lab.ProxyOptions{Env: []string{"KUMA_CONTROL_PLANE_RETRY_BACKOFF=300ms"}})
+	r.ready(web)
+
+	const refused, taken = "a changed certificate file is refused", "took over a changed certificate file"
+	put(caFile, first.PEM(), []byte("rubbish"))
+	r.logged(web.Process, refused, caFile)
+	put(caFile, first.PEM(), second.PEM())
+	r.logged(web.Process, taken, caFile)
+	if n := strings.Count(web.Log(), refused); n != 1 {
+		t.Errorf("it was refused %d times", n)
+	}
+	cp.Stop(5 * time.Second)
+	pair(second)
+	r.must(cp.Start(r.ctx))
+	r.await("kuma-dp and Envoy are back", func() error {
+		text, err := cp.Kumactl("", "inspect", "dataplane", "web", "--type", "stats")
+		if err == nil && !strings.Contains(text, "cluster.ads_cluster.ssl.handshake: 2\n") {
+			err = errors.New("it has not verified the new certificate")
+		}
+		return err
+	})
+
+	// What is taken out is no longer trusted.
+	put(caFile, second.PEM())
+	r.await("the first authority is out", func() error {
+		if n := strings.Count(web.Log(), taken); n != 2 {
+			return fmt.Errorf("%d", n)
+		}
+		return nil
+	})
+	cp.Stop(5 * time.Second)
+	pair(first)
+	r.must(cp.Start(r.ctx))
+	r.logged(web.Process, "failed to verify certificate", "verified by "+caFile)
 }
