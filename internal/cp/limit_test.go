@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/net/http2"
@@ -22,6 +23,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/test/bufconn"
 )
 
 // from dials from one of this machine's own addresses.
@@ -123,12 +125,22 @@ type flooder struct {
 
 func flood(t *testing.T, address string, clients *tls.Config) *flooder {
 	t.Helper()
-	c := clients.Clone()
-	c.NextProtos = []string{"h2"}
-	conn, err := tls.Dial("tcp", address, c)
+	conn, err := tls.Dial("tcp", address, offering(clients))
 	if err != nil {
 		t.Fatal(err)
 	}
+	return floodOn(t, conn)
+}
+
+// offering is a configuration of a client that speaks HTTP/2 alone.
+func offering(clients *tls.Config) *tls.Config {
+	c := clients.Clone()
+	c.NextProtos = []string{"h2"}
+	return c
+}
+
+func floodOn(t *testing.T, conn net.Conn) *flooder {
+	t.Helper()
 	t.Cleanup(func() { _ = conn.Close() })
 	f := &flooder{Conn: conn, Framer: http2.NewFramer(conn, conn)}
 	f.hpack = hpack.NewEncoder(&f.block)
@@ -159,22 +171,42 @@ func (f *flooder) headers() []byte {
 
 // HRD-25: a connection on which no stream is opened does not stay.
 func TestSilentHTTP2IsClosed(t *testing.T) {
-	t.Parallel()
-	address, clients, s := port(t, 100, 100)
-	f := flood(t, address, clients)
-	_ = f.SetReadDeadline(time.Now().Add(25 * time.Second))
-	for {
-		if _, err := f.ReadFrame(); err != nil {
-			if e, ok := errors.AsType[net.Error](err); ok && e.Timeout() {
-				t.Fatal("it is still open")
-			}
-			break
+	synctest.Test(t, func(t *testing.T) {
+		l := memory{bufconn.Listen(64 << 10)}
+		clients, s := portOn(t, l, &limit{max: 100, each: 100, log: slog.New(slog.DiscardHandler)})
+		conn, err := l.Dial()
+		if err != nil {
+			t.Fatal(err)
 		}
+		f := floodOn(t, tls.Client(conn, offering(clients)))
+		_ = f.SetReadDeadline(time.Now().Add(25 * time.Second))
+		for {
+			if _, err := f.ReadFrame(); err != nil {
+				if e, ok := errors.AsType[net.Error](err); ok && e.Timeout() {
+					t.Fatal("it is still open")
+				}
+				break
+			}
+		}
+		_ = f.Close()
+		synctest.Wait()
+		if n := s.limit.held(); n > 0 {
+			t.Errorf("%d connections are held", n)
+		}
+	})
+}
+
+// memory is a listener whose connections are in memory, so that time can be the
+// test's.
+type memory struct{ *bufconn.Listener }
+
+// Accept is a net.Listener's, with the error that says that it is closed.
+func (m memory) Accept() (net.Conn, error) {
+	c, err := m.Listener.Accept()
+	if err != nil {
+		return nil, net.ErrClosed
 	}
-	_ = f.Close()
-	for s.limit.held() > 0 {
-		time.Sleep(time.Millisecond)
-	}
+	return c, nil
 }
 
 // HRD-25: streams that are opened and reset at once, and headers that never

@@ -640,6 +640,7 @@ func TestNothingIsResumed(t *testing.T) {
 
 // HRD-24, HRD-25: who connects and does not finish its hello is sent away.
 func TestHelloHasAnEnd(t *testing.T) {
+	t.Parallel() // it waits more than it works
 	ca := cptest.NewCA(t)
 	cfg, _ := secured(t, ca)
 	// Not even where an operator has turned the API's own timeouts off.
