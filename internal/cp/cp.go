@@ -160,7 +160,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	}
 	// After the first mesh, which is made in an empty store only: the authority may
 	// be kept there, too.
-	c.certs, err = pki.OpenControlPlane(pki.ControlPlaneConfig{Dir: dir, CertFile: cfg.General.TLSCertFile, KeyFile: cfg.General.TLSKeyFile, Hostnames: cfg.advertised(), Vault: c.authorityVault()})
+	c.certs, err = pki.OpenControlPlane(pki.ControlPlaneConfig{Dir: dir, CertFile: cfg.General.TLSCertFile, KeyFile: cfg.General.TLSKeyFile, Hostnames: cfg.advertised(), Vault: c.authorityVault(), Former: c.formerVault()})
 	if err != nil {
 		return nil, err
 	}

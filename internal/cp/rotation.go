@@ -65,6 +65,15 @@ func (c *ControlPlane) authorityVault() pki.Vault {
 	return caVault{c.store}
 }
 
+// formerVault is where the control plane's authority may have been kept while it
+// was shared; nil where it is.
+func (c *ControlPlane) formerVault() pki.Vault {
+	if c.cfg.General.TLSCAStore == caInStore {
+		return nil
+	}
+	return caVault{c.store}
+}
+
 // followAuthority takes over what another control plane makes of the shared
 // authority, as the picture shows it.
 func (c *ControlPlane) followAuthority(ctx context.Context) error {

@@ -58,6 +58,10 @@ type ControlPlaneConfig struct {
 	// Vault keeps the authority where several control planes share it; nil
 	// means Dir.
 	Vault Vault
+	// Former is where the authority may have been kept before, while control
+	// planes shared one; it is taken over from there where Dir, which keeps it
+	// now, has none with its key. Nil means nowhere.
+	Former Vault
 }
 
 // ControlPlane holds the control plane's own certificates. It is safe for
@@ -156,6 +160,9 @@ func (cp *ControlPlane) open() error {
 		return err
 	}
 	if cp.config.Vault != nil {
+		if err := cp.setAside(); err != nil {
+			return err
+		}
 		if err := cp.writeAnchors(state); err != nil {
 			return err
 		}
@@ -179,18 +186,40 @@ func (cp *ControlPlane) open() error {
 }
 
 // first returns the authority that is kept, or makes the first one. Where
-// another control plane is quicker to keep one, that one counts.
+// another control plane is quicker to keep one, that one counts. A directory that
+// is not the only place loses its say where it lacks the key: kuma-cp.crt alone is
+// what a control plane writes out.
 func (cp *ControlPlane) first(dir dirVault) (authorities, uint64, error) {
 	for attempt := 0; ; attempt++ {
+		lacks := ""
+		if cp.config.Vault != nil || cp.config.Former != nil {
+			lacks = dir.lacks()
+		}
+		if cp.config.Vault == nil && cp.config.Former != nil && lacks != "" {
+			state, version, err := sharedVault{cp.config.Former}.load()
+			if err != nil {
+				return state, 0, err
+			}
+			if version > 0 {
+				if err := cp.setAside(); err != nil {
+					return state, 0, err
+				}
+				cp.warnings = append(cp.warnings, fmt.Sprintf("the authority was taken over from the store into %s; remove the secret in the store once no control plane shares it any more", cp.config.Dir))
+				_, err = cp.vault.save(state, 0)
+				return state, 0, err
+			}
+		}
 		state, version, err := cp.vault.load()
 		if err != nil || state.current.cert != nil {
 			return state, version, err
 		}
 		made := false
-		if cp.config.Vault != nil { // what is in the directory is taken over, once
+		if cp.config.Vault != nil && lacks == "" { // what is in the directory is taken over, once
 			if state, _, err = dir.load(); err != nil {
 				return state, 0, err
 			}
+		} else if cp.config.Vault != nil && lacks != nothing && attempt == 0 {
+			cp.warnings = append(cp.warnings, fmt.Sprintf("the store has no authority, and that in %s can't be taken over: %s. A new one is made, and written to %s: give it to clients", cp.config.Dir, lacks, CAFile))
 		}
 		if state.current.cert == nil {
 			made = true
@@ -206,6 +235,33 @@ func (cp *ControlPlane) first(dir dirVault) (authorities, uint64, error) {
 		cp.made = made
 		return state, version, err
 	}
+}
+
+// setAside moves a key out of the way that is not used while the authority is
+// kept elsewhere, and what belongs to it.
+func (cp *ControlPlane) setAside() error {
+	var moved []string
+	if cert, err := readFile(cp.path(CAFile)); err == nil && filled(cp.path(CAKeyFile)) {
+		if err := writeFile(cp.path(CAFile+oldSuffix), cert); err != nil {
+			return err
+		}
+	}
+	for _, name := range []string{RotationFile, CAKeyFile} { // the key last: it says that there is something to do
+		if !filled(cp.path(name)) {
+			continue
+		}
+		if err := os.Rename(cp.path(name), cp.path(name+oldSuffix)); err != nil {
+			return errs.New(errs.Internal, "move a key out of the way that is kept in the store now: %w", err)
+		}
+		if err := os.Chmod(cp.path(name+oldSuffix), 0o600); err != nil {
+			return errs.New(errs.Internal, "hide a key that is kept in the store now: %w", err)
+		}
+		moved = append(moved, name+oldSuffix)
+	}
+	if len(moved) > 0 {
+		cp.warnings = append(cp.warnings, fmt.Sprintf("the authority comes from the store; what %s had of one was moved to %s: remove it once you are sure that the store is saved", cp.config.Dir, strings.Join(moved, " and ")))
+	}
+	return nil
 }
 
 // show makes an authority what readers see, and tells who watches.

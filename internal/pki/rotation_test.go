@@ -578,7 +578,139 @@ func TestImport(t *testing.T) {
 		if err := trusting(cp.CA()).connects(second); err != nil {
 			t.Error(err)
 		}
+		// What was taken over is moved out of the way, and nobody else may read it.
+		for _, name := range []string{pki.CAKeyFile, pki.RotationFile} {
+			if _, err := os.Stat(filepath.Join(dir, name)); err == nil {
+				t.Errorf("%s is still there", name)
+			}
+		}
+		if info, err := os.Stat(filepath.Join(dir, pki.CAKeyFile+".old")); err != nil || info.Mode().Perm() != 0o600 {
+			t.Errorf("the key was not kept: %v, %v", info, err)
+		}
+		if w := strings.Join(first.Warnings(), "\n"); !strings.Contains(w, pki.CAKeyFile+".old") {
+			t.Errorf("warnings %q", w)
+		}
+		again := open(t, pki.ControlPlaneConfig{Dir: dir, Vault: v})
+		if string(again.CA()) != string(cp.CA()) || len(again.Warnings()) > 0 {
+			t.Errorf("the second start: %v", again.Warnings())
+		}
 	}
+}
+
+// The kuma-cp.crt that a control plane has written out of the store is not in the way
+// of its next start where the store has lost the authority.
+func TestStoreIsEmptyAgain(t *testing.T) {
+	for name, change := range map[string]func(t *testing.T, dir string){
+		"as it was": func(*testing.T, string) {},
+		"with an older key": func(t *testing.T, dir string) {
+			save(t, filepath.Join(dir, pki.CAKeyFile), mint(t, nil, asCA).keyPEM(t))
+		},
+		"with a pair that has ended": func(t *testing.T, dir string) {
+			old := mint(t, nil, func(c *x509.Certificate) {
+				asCA(c)
+				c.NotBefore, c.NotAfter = time.Now().Add(-2*time.Hour), time.Now().Add(-time.Hour)
+			})
+			save(t, filepath.Join(dir, pki.CAFile), certPEM(old))
+			save(t, filepath.Join(dir, pki.CAKeyFile), old.keyPEM(t))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			before := open(t, pki.ControlPlaneConfig{Dir: dir, Vault: &vault{}})
+			change(t, dir)
+			key, _ := os.ReadFile(filepath.Join(dir, pki.CAKeyFile))
+			after := open(t, pki.ControlPlaneConfig{Dir: dir, Vault: &vault{}})
+			if !after.Made() || string(after.CA()) == string(before.CA()) || read(t, filepath.Join(dir, pki.CAFile)) != string(after.CA()) {
+				t.Error("no new authority was made, or it is not written out")
+			}
+			if w := strings.Join(after.Warnings(), "\n"); !strings.Contains(w, "the store has no authority") || !strings.Contains(w, "give it to clients") {
+				t.Errorf("warnings %q", w)
+			}
+			if err := trusting(after.CA()).connects(after); err != nil {
+				t.Error(err)
+			}
+			if kept, _ := os.ReadFile(filepath.Join(dir, pki.CAKeyFile+".old")); string(kept) != string(key) {
+				t.Error("the key that was there is not kept")
+			}
+		})
+	}
+	t.Run("what can't be read is not passed over", func(t *testing.T) {
+		dir := t.TempDir()
+		open(t, pki.ControlPlaneConfig{Dir: dir})
+		save(t, filepath.Join(dir, pki.CAKeyFile), []byte("rubbish"))
+		if _, err := pki.OpenControlPlane(pki.ControlPlaneConfig{Dir: dir, Vault: &vault{}}); !errs.Is(err, errs.Invalid) || !strings.Contains(err.Error(), pki.CAKeyFile) {
+			t.Errorf("a garbled key: %v", err)
+		}
+	})
+}
+
+// A control plane that no longer shares its authority takes it along, wherever its
+// rotation is.
+func TestBackToFile(t *testing.T) {
+	for _, imported := range []bool{false, true} {
+		for n := range 5 {
+			t.Run(fmt.Sprintf("imported %t, %d steps", imported, n), func(t *testing.T) {
+				dir, v := t.TempDir(), &vault{}
+				oldKey := ""
+				if imported {
+					open(t, pki.ControlPlaneConfig{Dir: dir})
+					oldKey = read(t, filepath.Join(dir, pki.CAKeyFile))
+				}
+				shared := open(t, pki.ControlPlaneConfig{Dir: dir, Vault: v})
+				for _, o := range orders[:n] {
+					do(t, pki.NewRotator(pki.RotatorConfig{Certs: shared}), o)
+				}
+				if imported && n == 4 { // as an earlier version has left it
+					save(t, filepath.Join(dir, pki.CAKeyFile), []byte(oldKey))
+				}
+				cfg := pki.ControlPlaneConfig{Dir: dir, Former: v}
+				for i := range 2 {
+					cp := open(t, cfg)
+					if cp.Made() || string(cp.CA()) != string(shared.CA()) {
+						t.Fatal("it has another authority")
+					}
+					if err := trusting(cp.CA()).connects(cp); err != nil {
+						t.Error(err)
+					}
+					if w := strings.Join(cp.Warnings(), "\n"); strings.Contains(w, "taken over from the store") != (i == 0) {
+						t.Errorf("start %d: warnings %q", i, w)
+					}
+					if got, want := status(t, pki.NewRotator(pki.RotatorConfig{Certs: cp})).Step, status(t, pki.NewRotator(pki.RotatorConfig{Certs: shared})).Step; got != want {
+						t.Errorf("it is %s, was %s", got, want)
+					}
+					cfg.Former = nil // and the directory is enough from now on
+				}
+			})
+		}
+	}
+	t.Run("a new machine", func(t *testing.T) {
+		v := &vault{}
+		shared := open(t, pki.ControlPlaneConfig{Dir: t.TempDir(), Vault: v})
+		cp := open(t, pki.ControlPlaneConfig{Dir: t.TempDir(), Former: v})
+		if cp.Made() || string(cp.CA()) != string(shared.CA()) {
+			t.Error("it has another authority")
+		}
+	})
+	t.Run("a pair of its own goes first", func(t *testing.T) {
+		v, dir := &vault{}, t.TempDir()
+		open(t, pki.ControlPlaneConfig{Dir: t.TempDir(), Vault: v})
+		own := open(t, pki.ControlPlaneConfig{Dir: dir})
+		if cp := open(t, pki.ControlPlaneConfig{Dir: dir, Former: v}); string(cp.CA()) != string(own.CA()) {
+			t.Error("it has another authority")
+		}
+	})
+	t.Run("nothing there", func(t *testing.T) {
+		dir := t.TempDir()
+		if cp := open(t, pki.ControlPlaneConfig{Dir: dir, Former: &vault{}}); !cp.Made() {
+			t.Error("no authority was made")
+		}
+		if err := os.Remove(filepath.Join(dir, pki.CAKeyFile)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := pki.OpenControlPlane(pki.ControlPlaneConfig{Dir: dir, Former: &vault{}}); !errs.Is(err, errs.Invalid) || !strings.Contains(err.Error(), "is missing") {
+			t.Errorf("a lost key: %v", err)
+		}
+	})
 }
 
 func TestRotationFileRefused(t *testing.T) {

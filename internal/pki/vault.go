@@ -389,6 +389,50 @@ func (v dirVault) load() (authorities, uint64, error) {
 	return s, 0, nil
 }
 
+// oldSuffix is for files that are no longer used, and kept for a person.
+const oldSuffix = ".old"
+
+// nothing is what a directory lacks that holds no authority at all.
+const nothing = "there is none"
+
+// lacks says why a directory holds no authority that could be taken over, where
+// that is no fault of anybody; empty where it holds one, or what load must judge.
+func (v dirVault) lacks() string {
+	certFile, keyFile := v.path(CAFile), v.path(CAKeyFile)
+	haveCert, haveKey := filled(certFile), filled(keyFile)
+	switch {
+	case !haveCert:
+		return nothing
+	case filled(v.path(RotationFile)):
+		return ""
+	case !haveKey:
+		return "its key " + CAKeyFile + " is missing"
+	}
+	text, err := readFile(certFile)
+	if err != nil {
+		return ""
+	}
+	keyText, err := readFile(keyFile)
+	if err != nil {
+		return ""
+	}
+	certs, err := parseCerts(text)
+	if err != nil {
+		return ""
+	}
+	key, err := parseKey(keyText)
+	if err != nil {
+		return ""
+	}
+	switch end := certs[0].NotAfter; {
+	case !samePublic(key.Public(), certs[0].PublicKey):
+		return CAKeyFile + " is not its key"
+	case time.Now().After(end):
+		return "it ended at " + end.UTC().Format(time.RFC3339)
+	}
+	return ""
+}
+
 // follow makes the files say what the rotation does.
 func (v dirVault) follow(s authorities) error {
 	if have, err := readFile(v.path(CAKeyFile)); err != nil || !bytes.Equal(have, s.current.keyText) {
