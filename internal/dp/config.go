@@ -42,8 +42,10 @@ type Config struct {
 	// WorkDir is where sockets and Envoy's first configuration are put. Empty
 	// means a new directory in the system's temporary directory, removed at exit.
 	WorkDir string
-	// StateDir is where the control plane's authorities are kept over restarts,
-	// mode 0700. Empty means Home/.kuma/dp/<mesh>.<name>.
+	// StateDir is where the control plane's authorities are kept over restarts.
+	// It is made with mode 0700; one that is there must belong to the user that
+	// kuma-dp runs as, and no other may be able to write it. Empty means
+	// Home/.kuma/dp/<mesh>.<name>.
 	StateDir string
 	// Home is the user's home directory; empty means that there is none.
 	Home string

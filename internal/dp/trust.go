@@ -9,6 +9,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -17,6 +18,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -198,18 +200,14 @@ func (t *trust) restore(dir string, log *slog.Logger) {
 	if t.skip {
 		return // what was learnt unverified is not kept, and what was kept is not needed
 	}
-	err := os.MkdirAll(dir, 0o700)
-	if err == nil {
-		err = os.Chmod(dir, 0o700)
-	}
-	if err != nil {
-		t.lacks = err.Error()
+	if err := openStateDir(dir); err != nil {
+		t.lacks = fmt.Sprintf("the state directory %s can't be used: %v", dir, err)
 		log.Warn("the state directory can't be used; after a restart this proxy knows only the authorities that it is given; name another one with --state-dir", "directory", dir, "error", err)
 		return
 	}
 	t.dir = dir
 	file := filepath.Join(dir, trustFile)
-	text, err := readLimited(file, maxCA)
+	text, err := readOwn(file)
 	if errors.Is(err, fs.ErrNotExist) {
 		return
 	}
@@ -223,6 +221,61 @@ func (t *trust) restore(dir string, log *slog.Logger) {
 	if err != nil {
 		log.Warn("the control plane's authorities that were kept can't be used and are ignored; they are replaced when the control plane sends them", "file", file, "error", err)
 	}
+}
+
+// openStateDir makes the directory, or checks the one that is there, which is
+// left as it is: nobody but our own user may be able to write what we believe.
+func openStateDir(dir string) error {
+	info, err := os.Lstat(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err = os.MkdirAll(dir, 0o700); err == nil {
+			info, err = os.Lstat(dir)
+		}
+	}
+	switch {
+	case err != nil:
+		return err
+	case info.Mode()&fs.ModeSymlink != 0:
+		return errors.New("it is a symbolic link; name the directory itself")
+	case !info.IsDir():
+		return errors.New("it is not a directory")
+	}
+	return ours(info)
+}
+
+// readOwn reads a file that nobody but our own user can have written.
+func readOwn(file string) ([]byte, error) {
+	f, err := os.OpenFile(file, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = errors.New("it is not a regular file")
+	}
+	if err == nil {
+		err = ours(info)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return readAll(f, maxCA)
+}
+
+// ours is an error unless a file belongs to our own user and no other can write
+// it.
+func ours(info fs.FileInfo) error {
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	switch own := os.Geteuid(); {
+	case !ok:
+		return errors.New("its owner can't be told")
+	case stat.Uid != uint32(own):
+		return fmt.Errorf("it belongs to user %d, and kuma-dp runs as user %d", stat.Uid, own)
+	case info.Mode().Perm()&0o022 != 0:
+		return fmt.Errorf("other users can write it (mode %#o); chmod go-w it, if what is there is yours", info.Mode().Perm())
+	}
+	return nil
 }
 
 // believe makes a list the control plane's own. The lock is held.
@@ -271,7 +324,7 @@ func (t *trust) keep(clean []byte) error {
 		return errs.New(errs.Unavailable, "they are not kept over a restart: %s; name a directory with --state-dir", t.lacks)
 	}
 	file := filepath.Join(t.dir, trustFile)
-	if have, err := readLimited(file, maxCA); err == nil && bytes.Equal(have, clean) {
+	if have, err := readOwn(file); err == nil && bytes.Equal(have, clean) {
 		return nil
 	}
 	if err := pki.WriteFile(file, clean); err != nil {

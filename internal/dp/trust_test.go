@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"kuma/internal/pki"
 )
 
@@ -264,6 +266,73 @@ func TestNoState(t *testing.T) {
 		if !tr.trusts(t, leaf) {
 			t.Errorf("%s: it is not believed", name)
 		}
+	}
+}
+
+// What somebody else could have written into the state directory is not
+// believed, and no directory that was there before is altered.
+func TestStateOfAnother(t *testing.T) {
+	t.Parallel()
+	one, leafOne := ownAuthority(t)
+	two, leafTwo := ownAuthority(t)
+	do := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, c := range map[string]struct {
+		change func(dir, file string) string
+		root   bool
+		want   string
+		// kept: what is sent can be kept there.
+		kept bool
+	}{
+		"its own":              {change: func(dir, _ string) string { return dir }, kept: true},
+		"readable to others":   {change: func(dir, file string) string { do(os.Chmod(dir, 0o755)); do(os.Chmod(file, 0o644)); return dir }, kept: true},
+		"a file for all":       {change: func(dir, file string) string { do(os.Chmod(file, 0o666)); return dir }, want: "0666", kept: true},
+		"a file for the group": {change: func(dir, file string) string { do(os.Chmod(file, 0o620)); return dir }, want: "0620", kept: true},
+		"a file of another":    {change: func(dir, file string) string { do(os.Chown(file, 12345, -1)); return dir }, root: true, want: "user 12345", kept: true},
+		"a linked file": {change: func(dir, file string) string {
+			do(os.Rename(file, file+".x"))
+			do(os.Symlink(file+".x", file))
+			return dir
+		}, want: trustFile, kept: true},
+		"a pipe":                 {change: func(dir, file string) string { do(os.Remove(file)); do(unix.Mkfifo(file, 0o600)); return dir }, want: "regular", kept: true},
+		"a directory for all":    {change: func(dir, _ string) string { do(os.Chmod(dir, 0o777|os.ModeSticky)); return dir }, want: "0777"},
+		"a directory of another": {change: func(dir, _ string) string { do(os.Chown(dir, 12345, -1)); return dir }, root: true, want: "user 12345"},
+		"a linked directory":     {change: func(dir, _ string) string { do(os.Symlink(dir, dir+".x")); return dir + ".x" }, want: "symbolic link"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if c.root && os.Getuid() != 0 {
+				t.Skip("only root can give a file away")
+			}
+			dir := filepath.Join(t.TempDir(), "state")
+			file := filepath.Join(dir, trustFile)
+			do(os.Mkdir(dir, 0o700))
+			do(os.WriteFile(file, two, 0o600))
+			at := c.change(dir, file)
+			before, err := os.Stat(dir)
+			do(err)
+			var log bytes.Buffer
+			tr := newTestTrust(t, one, false, at, slog.New(slog.NewTextHandler(&log, nil)))
+			if tr.trusts(t, leafTwo) != (c.want == "") || !tr.trusts(t, leafOne) {
+				t.Errorf("what was there is believed: %v", tr.trusts(t, leafTwo))
+			}
+			if c.want != "" && (!strings.Contains(log.String(), "level=WARN") || !strings.Contains(log.String(), c.want)) || c.want == "" && log.Len() > 0 {
+				t.Errorf("log: %s", &log)
+			}
+			if after, err := os.Stat(dir); err != nil || after.Mode() != before.Mode() {
+				t.Errorf("the directory's mode was %v and is %v, %v", before.Mode(), after.Mode(), err)
+			}
+			// What is sent is believed at once, and over a restart where it is safe.
+			if err := tr.take(two); (err == nil) != c.kept || err != nil && !strings.Contains(err.Error(), "--state-dir") {
+				t.Errorf("take: %v", err)
+			}
+			if !tr.trusts(t, leafTwo) || newTestTrust(t, one, false, at, nil).trusts(t, leafTwo) != c.kept {
+				t.Error("what was sent is not believed, or not kept as it should be")
+			}
+		})
 	}
 }
 
