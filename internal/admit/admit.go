@@ -17,6 +17,7 @@ import (
 	"kuma/internal/auth"
 	"kuma/internal/errs"
 	"kuma/internal/mesh"
+	"kuma/internal/pki"
 	"kuma/internal/resource"
 	"kuma/internal/store"
 )
@@ -238,6 +239,11 @@ func (g *Gate) check(ctx context.Context, caller auth.Caller, c Change, batch ma
 	bad = append(bad, g.checkLabels(caller, r)...)
 	if err := errs.Fields(bad...); err != nil {
 		return nil, nil, nil, err
+	}
+	if r.Kind.Name == mesh.GlobalSecrets.Name && r.Name == mesh.ControlPlaneCA {
+		if err := pki.CheckKept(mesh.GlobalSecrets.From(r).Spec.Data); err != nil {
+			return nil, nil, nil, errs.Fields(errs.Field{Path: "data", Message: fmt.Sprintf("the secret %q is for the control plane's own authority, which replaces it by kumactl ca rotate control-plane; what is given is not a copy of one: %v", r.Name, err)})
+		}
 	}
 	r.Labels = g.labels(r)
 	if !caller.IsControlPlane() {

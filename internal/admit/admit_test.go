@@ -14,6 +14,7 @@ import (
 	"kuma/internal/auth"
 	"kuma/internal/errs"
 	"kuma/internal/mesh"
+	"kuma/internal/pki"
 	"kuma/internal/resource"
 	"kuma/internal/store"
 	"kuma/internal/store/memstore"
@@ -381,4 +382,39 @@ func TestOvertaken(t *testing.T) {
 	if _, err := s.Get(t.Context(), mesh.Meshes.Key("", "m")); err != nil && len(all) != 0 {
 		t.Errorf("%d resources are left of a mesh that is gone", len(all))
 	}
+}
+
+// authorityVault keeps what a control plane would keep in the secret.
+type authorityVault struct{ text []byte }
+
+func (v *authorityVault) Load(context.Context) ([]byte, uint64, error) {
+	return v.text, uint64(min(len(v.text), 1)), nil
+}
+
+func (v *authorityVault) Save(_ context.Context, text []byte, _ uint64) (uint64, error) {
+	v.text = text
+	return 1, nil
+}
+
+// What would keep the control plane from starting again is not taken in.
+func TestControlPlaneAuthority(t *testing.T) {
+	g, s := newGate(t)
+	v := &authorityVault{}
+	if _, err := pki.OpenControlPlane(pki.ControlPlaneConfig{Dir: t.TempDir(), Vault: v}); err != nil {
+		t.Fatal(err)
+	}
+	secret := func(text string) *resource.Resource {
+		return mesh.GlobalSecrets.Make("", mesh.ControlPlaneCA, &mesh.SecretSpec{Data: []byte(text)})
+	}
+	mustPut(t, g, secret(string(v.text)))
+	for _, text := range []string{"rubbish", "", "{}", strings.Replace(string(v.text), "steady", "switched", 1)} {
+		_, err := put(t, g, secret(text))
+		if got := fields(err); !strings.HasPrefix(got, "data: ") || !strings.Contains(got, "kumactl ca rotate control-plane") || strings.Contains(got, "PRIVATE KEY") {
+			t.Errorf("%.10q: %s", text, got)
+		}
+	}
+	if r, err := s.Get(t.Context(), mesh.GlobalSecrets.Key("", mesh.ControlPlaneCA)); err != nil || string(mesh.GlobalSecrets.From(r).Spec.Data) != string(v.text) {
+		t.Errorf("the good one is gone: %v", err)
+	}
+	mustPut(t, g, mesh.GlobalSecrets.Make("", "other", &mesh.SecretSpec{Data: []byte("rubbish")}))
 }

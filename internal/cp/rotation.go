@@ -27,16 +27,12 @@ const (
 	caInStore = "store"
 )
 
-// caSecret is the GlobalSecret in which control planes that share a store keep
-// their own authority (KUMA_GENERAL_TLS_CA_STORE=store).
-const caSecret = "control-plane-ca"
-
 // caVault keeps the authority in the store.
 type caVault struct{ store store.Store }
 
 // Load returns the secret's bytes.
 func (v caVault) Load(ctx context.Context) ([]byte, uint64, error) {
-	r, err := v.store.Get(ctx, mesh.GlobalSecrets.Key("", caSecret))
+	r, err := v.store.Get(ctx, mesh.GlobalSecrets.Key("", mesh.ControlPlaneCA))
 	if errs.Is(err, errs.NotFound) {
 		return nil, 0, nil
 	}
@@ -49,7 +45,7 @@ func (v caVault) Load(ctx context.Context) ([]byte, uint64, error) {
 // Save replaces them, unless another was quicker.
 func (v caVault) Save(ctx context.Context, text []byte, version uint64) (uint64, error) {
 	at := store.Condition{Absent: version == 0, Version: version}
-	r := mesh.GlobalSecrets.Make("", caSecret, &mesh.SecretSpec{Data: text})
+	r := mesh.GlobalSecrets.Make("", mesh.ControlPlaneCA, &mesh.SecretSpec{Data: text})
 	return v.store.Put(ctx, store.Write{Key: r.Key(), Resource: r, If: at})
 }
 
@@ -91,14 +87,14 @@ func (c *ControlPlane) followAuthority(ctx context.Context) error {
 			return nil
 		}
 		var now uint64
-		if r := c.tracker.Now().Get(mesh.GlobalSecrets.Key("", caSecret)); r != nil {
+		if r := c.tracker.Now().Get(mesh.GlobalSecrets.Key("", mesh.ControlPlaneCA)); r != nil {
 			now = r.Version
 		}
 		if seen != nil && *seen == now {
 			continue
 		}
 		if err := c.certs.Refresh(); err != nil {
-			c.log.Error("the control plane's authority in the store can't be taken over; the one before goes on", "secret", caSecret, "error", err)
+			c.log.Error("the control plane's authority in the store can't be taken over; the one before goes on", "secret", mesh.ControlPlaneCA, "error", err)
 			continue
 		}
 		seen = &now

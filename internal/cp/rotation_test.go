@@ -74,13 +74,13 @@ func TestSharedAuthority(t *testing.T) {
 		t.Errorf("two preparations at once: %v, %v", failures[0], failures[1])
 	}
 	same()
-	if _, err := s.Put(t.Context(), store.Remove(mesh.GlobalSecrets.Key("", caSecret))); err != nil {
+	if _, err := s.Put(t.Context(), store.Remove(mesh.GlobalSecrets.Key("", mesh.ControlPlaneCA))); err != nil {
 		t.Fatal(err)
 	}
 	if err := certs[0].Refresh(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Get(t.Context(), mesh.GlobalSecrets.Key("", caSecret)); err != nil {
+	if _, err := s.Get(t.Context(), mesh.GlobalSecrets.Key("", mesh.ControlPlaneCA)); err != nil {
 		t.Errorf("a removed authority is not put back: %v", err)
 	}
 }

@@ -43,3 +43,8 @@ const AdminUserToken = "admin-user-token"
 // EnvoyAdminCA is the name of the GlobalSecret with the authority of the admin
 // listeners of proxies without a link: a certificate and then its key, PEM.
 const EnvoyAdminCA = "envoy-admin-ca"
+
+// ControlPlaneCA is the name of the GlobalSecret in which control planes that
+// share a store keep their own authority, as package pki writes it
+// (KUMA_GENERAL_TLS_CA_STORE=store).
+const ControlPlaneCA = "control-plane-ca"

@@ -278,6 +278,12 @@ func decodeAuthorities(text []byte) (authorities, error) {
 	return s, nil
 }
 
+// CheckKept returns why a text is no authority as a Vault keeps it, or nil.
+func CheckKept(text []byte) error {
+	_, err := decodeAuthorities(text)
+	return err
+}
+
 // crossSign signs the next authority's certificate by the present one. It is nil
 // where nobody would believe that: a server's certificate that may not sign, or
 // no authority below it.
