@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"kuma/internal/auth"
 	"kuma/internal/cp"
@@ -67,6 +68,7 @@ func TestAuthorityInTheStore(t *testing.T) {
 	cfg := config(t)
 	cfg.General.TLSCAStore = "store"
 	cfg.DPServer.Authn.DPProxy.Type = auth.ProxyNone
+	cfg.XDSServer.ReturnDelay = time.Millisecond // the second start need not wait for proxies of the first
 	stop := run(t, cfg)
 	file := filepath.Join(cfg.General.WorkDir, pki.CAFile)
 	first, err := os.ReadFile(file)
@@ -111,15 +113,14 @@ func TestAuthorityInTheStore(t *testing.T) {
 	if err := json.Unmarshal(body, &secret); err != nil || status != http.StatusOK || len(secret.Data) == 0 {
 		t.Fatalf("the secret: %d %s %v", status, body, err)
 	}
-	put := func(text []byte) {
+	put := func(text []byte, want int) {
 		t.Helper()
-		secret.Data = text
 		doc, err := json.Marshal(map[string]any{"type": "GlobalSecret", "name": "control-plane-ca", "data": text})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if status, body := call(t, cfg, "PUT", "/globalsecrets/control-plane-ca", string(doc)); status != http.StatusOK {
-			t.Fatalf("write the secret: %d %s", status, body)
+		if status, body := call(t, cfg, "PUT", "/globalsecrets/control-plane-ca", string(doc)); status != want {
+			t.Fatalf("write the secret: %d %s, want %d", status, body, want)
 		}
 	}
 	other := &elsewhere{secret.Data, 1}
@@ -132,11 +133,10 @@ func TestAuthorityInTheStore(t *testing.T) {
 		if err := rotator.Do(order, false); err != nil {
 			t.Fatal(err)
 		}
-		put(other.text)
+		put(other.text, http.StatusOK)
 		if n == 0 {
-			// What can't be read leaves all as it is.
-			put([]byte("rubbish"))
-			put(other.text)
+			// What can't be read is not taken, and leaves all as it is.
+			put([]byte("rubbish"), http.StatusBadRequest)
 		}
 	}
 	holds(2)
