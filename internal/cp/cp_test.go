@@ -207,6 +207,7 @@ func TestWorkDir(t *testing.T) {
 // TestPortInUse: the error names the port and the setting, and what New had
 // opened is closed: with another port it starts.
 func TestPortInUse(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		setting string
 		port    func(*cp.Config) *uint32
@@ -238,6 +239,7 @@ func TestPortInUse(t *testing.T) {
 // TestSecondControlPlane: a store's file has one control plane, and the other
 // is told.
 func TestSecondControlPlane(t *testing.T) {
+	t.Parallel()
 	first := config(t)
 	run(t, first)
 	second := config(t)

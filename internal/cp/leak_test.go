@@ -96,6 +96,7 @@ func legitimate(path string) bool {
 // every route of every port is asked, as an administrator and as nobody, rightly
 // and wrongly. No answer holds any of them, and neither does the log.
 func TestNothingLeaks(t *testing.T) {
+	t.Parallel()
 	const password, body, nodeToken = "planted-password-of-the-database", "planted-body-of-a-request", "planted-token-in-the-node"
 	// A value of no secret field is told to who sent it, and to nobody else.
 	const field = "planted-value-of-a-field"

@@ -115,6 +115,7 @@ func claims(t *testing.T, text string) map[string]any {
 // The admin server of 0.7 on this machine: who may have a token there is who may
 // have one of the API. Foreign origins and names, and proxies, get none: HRD-01.
 func TestAdminServerHere(t *testing.T) {
+	t.Parallel()
 	cfg := config(t)
 	cfg.AdminServer.Local.Port = freePort(t) // which opens it
 	cfg.General.AdvertisedHostname = "control-plane"
@@ -198,6 +199,7 @@ func addresses(t *testing.T) (out []string) {
 // which may change while it runs. The local one goes on beside it, on the same
 // port.
 func TestAdminServerPublic(t *testing.T) {
+	t.Parallel()
 	for name, x := range map[string]struct {
 		ownPort bool
 		at      string
@@ -276,6 +278,7 @@ func TestAdminServerPublic(t *testing.T) {
 
 // What opens the admin server, and what of its settings is refused.
 func TestAdminServerSettings(t *testing.T) {
+	t.Parallel()
 	port := fmt.Sprint("KUMA_ADMIN_SERVER_LOCAL_PORT=", freePort(t))
 	for name, c := range map[string]struct {
 		env  []string
@@ -370,6 +373,7 @@ func TestAdminClientCertificates(t *testing.T) {
 // Bootstrap by way of the API's port is for programs on this machine (HRD-01);
 // others are told where to go.
 func TestBootstrapOnAPIPort(t *testing.T) {
+	t.Parallel()
 	cfg := config(t)
 	cfg.APIServer.HTTP.Interface = "0.0.0.0"
 	run(t, cfg)

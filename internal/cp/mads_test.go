@@ -16,6 +16,7 @@ import (
 // TestMonitoringAssignments: the port is open by default, a request that waits
 // does not hold up the end, and the port can be closed.
 func TestMonitoringAssignments(t *testing.T) {
+	t.Parallel()
 	cfg := config(t)
 	stop := run(t, cfg)
 	url := fmt.Sprintf("http://127.0.0.1:%d%s", cfg.MonitoringAssignmentServer.Port, mads.Path)
@@ -83,6 +84,7 @@ func emptyVersion(t *testing.T, url string) string {
 // TestMonitoringAssignmentSettings: what can't be served is named with its
 // variable.
 func TestMonitoringAssignmentSettings(t *testing.T) {
+	t.Parallel()
 	const env = "KUMA_MONITORING_ASSIGNMENT_SERVER_"
 	for _, c := range []struct {
 		set  []string

@@ -9,7 +9,6 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -114,6 +113,7 @@ func eventually(t *testing.T, what string, condition func() bool) {
 // links; each time new connections see the new one on every port, and what is
 // told to proxies who ask for a bootstrap is of the new one.
 func TestStreamsThroughReloads(t *testing.T) {
+	t.Parallel()
 	const streams, reloads = 100, 20
 	ca := cptest.NewCA(t)
 	cfg, _ := secured(t, ca)
@@ -255,6 +255,7 @@ func TestStreamsThroughReloads(t *testing.T) {
 // names the setting of the server that has it. Put there later, each is refused,
 // the log says so with the setting, and the old one goes on.
 func TestBadPairsOfServers(t *testing.T) {
+	t.Parallel()
 	ca := cptest.NewCA(t)
 	stranger := ca.Pair(t, nil)
 	bad := []struct {
@@ -425,6 +426,7 @@ func TestWhoWins(t *testing.T) {
 // TestPostQuantum: the hybrid key exchange is chosen wherever a client offers
 // it, and who does not is refused where it is demanded.
 func TestPostQuantum(t *testing.T) {
+	t.Parallel()
 	ca := cptest.NewCA(t)
 	for _, demanded := range []bool{false, true} {
 		t.Run(fmt.Sprintf("demanded %v", demanded), func(t *testing.T) {
@@ -638,34 +640,6 @@ func TestNothingIsResumed(t *testing.T) {
 	}
 }
 
-// HRD-24, HRD-25: who connects and does not finish its hello is sent away.
-func TestHelloHasAnEnd(t *testing.T) {
-	t.Parallel() // it waits more than it works
-	ca := cptest.NewCA(t)
-	cfg, _ := secured(t, ca)
-	// Not even where an operator has turned the API's own timeouts off.
-	cfg.APIServer.ReadHeaderTimeout, cfg.APIServer.ReadTimeout, cfg.APIServer.WriteTimeout = 0, 0, 0
-	run(t, cfg)
-	for name, address := range doors(cfg) {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			conn, err := net.Dial("tcp", address)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer func() { _ = conn.Close() }()
-			// A record of a client hello that never comes whole.
-			if _, err := conn.Write([]byte{0x16, 3, 1, 0x20, 0, 1}); err != nil {
-				t.Fatal(err)
-			}
-			_ = conn.SetReadDeadline(time.Now().Add(patience))
-			if _, err := io.Copy(io.Discard, conn); errors.Is(err, os.ErrDeadlineExceeded) {
-				t.Error("it is still connected")
-			}
-		})
-	}
-}
-
 // TestTLSSettings: what is wrong is said with the setting's name.
 func TestTLSSettings(t *testing.T) {
 	for _, c := range []struct {
@@ -727,6 +701,7 @@ func TestTLSSettings(t *testing.T) {
 // TestAdvertisedNames are in the certificate that the control plane makes
 // itself; one that the operator gave must have the name that proxies are to use.
 func TestAdvertisedNames(t *testing.T) {
+	t.Parallel()
 	cfg := config(t)
 	cfg.General.AdvertisedHostname, cfg.BootstrapServer.Params.XDSHost = "cp.example.com", "192.0.2.7"
 	run(t, cfg)
