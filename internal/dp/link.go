@@ -267,7 +267,7 @@ func (l *link) handle(m *linkpb.ToProxy) (welcome bool, err error) {
 		if err := l.trust.take(m.Trust.GetBundle()); err != nil {
 			l.log.Warn("the control plane's authorities were not taken over in full", "error", err)
 			noted.Error = err.Error()
-		} else {
+		} else if len(m.Trust.GetBundle()) > 0 {
 			l.log.Info("the control plane has sent its authorities", "revision", m.Trust.GetRevision())
 		}
 		if !l.say(&linkpb.FromProxy{Message: &linkpb.FromProxy_TrustNoted{TrustNoted: noted}}) {

@@ -54,6 +54,9 @@ type trust struct {
 	given []byte
 	// version is that of anchors which has got everywhere.
 	version uint64
+	// shown is the chain that the control plane showed last on a link that was
+	// opened.
+	shown []*x509.Certificate
 	// kept is the control plane's own list.
 	kept []byte
 	// roots is nil where only the system's authorities count.
@@ -294,15 +297,22 @@ func (t *trust) believe(clean []byte) error {
 		}
 		pool.AppendCertsFromPEM(clean)
 		t.roots = pool
+		if len(t.given) == 0 && len(clean) == 0 {
+			t.roots = nil
+		}
 	}
 	t.kept = clean
 	return nil
 }
 
-// take replaces the control plane's own list by what it has sent. What can't be
+// take replaces the control plane's own list by what it has sent; nothing means
+// that it has no authority of its own any more. What can't be
 // used changes nothing. What can't be kept, or not be handed to Envoy, is
 // believed all the same, and an error.
 func (t *trust) take(bundle []byte) error {
+	if len(bundle) == 0 {
+		return t.forget()
+	}
 	_, clean, err := pki.ReadAnchors(bundle)
 	if err != nil {
 		return errs.New(errs.Invalid, "the control plane's authorities can't be used: %w", err)
@@ -313,6 +323,58 @@ func (t *trust) take(bundle []byte) error {
 		return err
 	}
 	return errors.Join(t.keep(clean), t.tellEnvoy())
+}
+
+// saw notes the chain that the control plane has shown and that was verified.
+func (t *trust) saw(chain []*x509.Certificate) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.shown = chain
+}
+
+// forget removes the control plane's own list, unless nothing else verifies the
+// certificate that it shows: then it stays, and why is the error.
+func (t *trust) forget() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	file := ""
+	if t.dir != "" {
+		file = filepath.Join(t.dir, trustFile)
+	}
+	if len(t.kept) > 0 && !t.skip {
+		if err := t.verifyWithoutKept(); err != nil {
+			return errs.New(errs.Invalid, "the control plane has no authority of its own any more, but its certificate is verified by nothing else than what it has sent before, which therefore stays; name the file with the new one with --ca-cert-file: %w", err)
+		}
+		t.log.Info("the control plane has no authority of its own any more; what it has sent before is forgotten")
+	}
+	if err := t.believe(nil); err != nil {
+		return err
+	}
+	var err error
+	if file != "" {
+		if err = os.Remove(file); errors.Is(err, fs.ErrNotExist) {
+			err = nil
+		}
+	}
+	return errors.Join(err, t.tellEnvoy())
+}
+
+// verifyWithoutKept verifies what the control plane has shown by the user's
+// authorities, or the system's, alone. The lock is held.
+func (t *trust) verifyWithoutKept() error {
+	if len(t.shown) == 0 {
+		return errs.New(errs.Unavailable, "no certificate was seen yet")
+	}
+	opts := x509.VerifyOptions{Intermediates: x509.NewCertPool()}
+	if len(t.given) > 0 {
+		opts.Roots = x509.NewCertPool()
+		opts.Roots.AppendCertsFromPEM(t.given)
+	}
+	for _, c := range t.shown[1:] {
+		opts.Intermediates.AddCert(c)
+	}
+	_, err := t.shown[0].Verify(opts)
+	return err
 }
 
 // keep writes the list into the state directory. The lock is held.

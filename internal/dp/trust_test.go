@@ -5,6 +5,8 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -128,7 +130,7 @@ func TestTrust(t *testing.T) {
 
 	// What can't be used changes nothing.
 	for name, bad := range map[string][]byte{
-		"nothing": nil, "rubbish": []byte("x"), "a leaf": leafTwo, "a leaf among them": append(bytes.Clone(two), leafTwo...),
+		"rubbish": []byte("x"), "a leaf": leafTwo, "a leaf among them": append(bytes.Clone(two), leafTwo...),
 		"too much": bytes.Repeat(two, 17),
 	} {
 		if err := tr.take(bad); err == nil || !strings.Contains(err.Error(), "can't be used") {
@@ -266,6 +268,65 @@ func TestNoState(t *testing.T) {
 		if !tr.trusts(t, leaf) {
 			t.Errorf("%s: it is not believed", name)
 		}
+	}
+}
+
+// A control plane that has another authority now, which the user trusts, has the
+// proxy forget the one of its own; what alone makes the control plane trusted
+// stays.
+func TestTrustForgotten(t *testing.T) {
+	t.Parallel()
+	one, leafOne := ownAuthority(t)
+	two, leafTwo := ownAuthority(t)
+	dir, envoy := filepath.Join(t.TempDir(), "state"), filepath.Join(t.TempDir(), "envoy.json")
+	file := filepath.Join(dir, trustFile)
+	tr := newTestTrust(t, one, false, dir, nil)
+	err := tr.serveEnvoy(envoy, nil, "")
+	if err == nil {
+		err = tr.take(two)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	stays := func(why string) {
+		t.Helper()
+		if err := tr.take(nil); err == nil || !strings.Contains(err.Error(), "--ca-cert-file") {
+			t.Errorf("%s: %v", why, err)
+		}
+		_, anchors := envoysAnchors(t, envoy)
+		b, err := os.ReadFile(file)
+		if !tr.trusts(t, leafTwo) || anchors != string(one)+string(two) || err != nil || string(b) != string(two) {
+			t.Errorf("%s, and yet it is forgotten: %v", why, err)
+		}
+	}
+	stays("nobody was verified")
+	tr.saw([]*x509.Certificate{firstCert(t, leafTwo)})
+	stays("it is verified by nothing else")
+	tr.saw([]*x509.Certificate{firstCert(t, leafOne)})
+	for range 2 { // as each new link tells it
+		if err := tr.take(nil); err != nil {
+			t.Fatal(err)
+		}
+		_, anchors := envoysAnchors(t, envoy)
+		if tr.trusts(t, leafTwo) || !tr.trusts(t, leafOne) || anchors != string(one) || string(tr.request()) != string(one) {
+			t.Errorf("it is still trusted; Envoy has %s", anchors)
+		}
+		if _, err := os.Stat(file); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("it is kept: %v", err)
+		}
+	}
+	if newTestTrust(t, one, false, dir, nil).trusts(t, leafTwo) {
+		t.Error("after a restart it is back")
+	}
+
+	// Where the system's authorities count, they verify it.
+	system := newTestTrust(t, nil, false, t.TempDir(), nil)
+	if err := system.take(two); err != nil {
+		t.Fatal(err)
+	}
+	system.saw([]*x509.Certificate{firstCert(t, leafTwo)})
+	if err := system.take(nil); err == nil || !system.trusts(t, leafTwo) {
+		t.Errorf("the system does not know it: %v", err)
 	}
 }
 

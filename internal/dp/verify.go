@@ -38,7 +38,7 @@ func (t *trust) tell(err error, asked string) error {
 }
 
 // telling is TLS whose errors say what was seen: of a failed handshake gRPC
-// passes on nothing but the text.
+// passes on nothing but the text. Of others the trust is told.
 type telling struct {
 	credentials.TransportCredentials
 	trust *trust
@@ -53,6 +53,9 @@ func (c telling) ClientHandshake(ctx context.Context, authority string, conn net
 			asked = authority
 		}
 		return nil, nil, c.trust.tell(err, asked)
+	}
+	if state, ok := info.(credentials.TLSInfo); ok {
+		c.trust.saw(state.State.PeerCertificates)
 	}
 	return out, info, nil
 }

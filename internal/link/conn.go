@@ -83,6 +83,8 @@ func (c *conn) run(messages <-chan *linkpb.FromProxy, failed <-chan error) error
 		if err := c.tellTrust(); err != nil {
 			return err
 		}
+	} else if err := c.send(&linkpb.ToProxy{Message: &linkpb.ToProxy_Trust{Trust: &linkpb.Trust{}}}); err != nil {
+		return err // what another configuration of this control plane has sent is to be forgotten
 	}
 	if err := c.look(); err != nil {
 		return err
@@ -234,7 +236,7 @@ func (c *conn) handle(m *linkpb.FromProxy) error {
 	case *linkpb.FromProxy_Denials:
 		c.denied(x.Denials)
 	case *linkpb.FromProxy_TrustNoted:
-		if x.TrustNoted.GetRevision() == c.trusts {
+		if c.srv.cfg.Trust != nil && x.TrustNoted.GetRevision() == c.trusts {
 			noted := session.Trust{Revision: c.trusts, Error: cut(x.TrustNoted.GetError(), maxReason)}
 			c.session.SetTrust(noted)
 			if c.srv.cfg.ShareTrust {

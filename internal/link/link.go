@@ -46,7 +46,8 @@ type Config struct {
 	Issuer   Issuer
 	Insights *insight.Recorder
 	// Trust are the control plane's own anchors, which proxies are told; nil where
-	// it shows a certificate of somebody else's authority.
+	// it shows a certificate of somebody else's authority: proxies are then told to
+	// forget those of before.
 	Trust Trust
 	// ShareTrust records what proxies have taken of it in their insights, for
 	// other control planes that share it.

@@ -200,6 +200,27 @@ func TestLifeOfALink(t *testing.T) {
 	}
 }
 
+// A control plane that shows a certificate of somebody else's authority has
+// proxies forget the one of its own that they were sent before.
+func TestNoOwnAuthority(t *testing.T) {
+	t.Parallel()
+	d := cptest.OpenDoors(t, cptest.DoorsConfig{Tokens: true})
+	d.Mesh("default", true)
+	c := dial(t, d, d.Token(auth.DataplaneRequest{Mesh: "default", Name: "web"}), hello("web", "web"))
+	if told := hear(c, (*linkpb.ToProxy).GetTrust); len(told.GetBundle()) > 0 || told.GetRevision() != 0 {
+		t.Errorf("told %v", told)
+	}
+	c.say(&linkpb.FromProxy{Message: &linkpb.FromProxy_TrustNoted{TrustNoted: &linkpb.TrustNoted{Error: "x"}}})
+	c.say(&linkpb.FromProxy{Message: &linkpb.FromProxy_Readiness{Readiness: &linkpb.Readiness{Ready: true}}})
+	await(t, d, "it is ready", func(pic *state.Picture) bool {
+		r := pic.Get(mesh.DataplaneInsights.Key("default", "web"))
+		return r != nil && mesh.DataplaneInsights.From(r).Spec.Readiness != nil
+	})
+	if all := d.Sessions.List(); len(all) != 1 || all[0].Trust != (session.Trust{}) {
+		t.Errorf("there is nothing to acknowledge: %+v", all)
+	}
+}
+
 func TestCertificateRefused(t *testing.T) {
 	t.Parallel()
 	d := cptest.OpenDoors(t, cptest.DoorsConfig{})

@@ -1025,8 +1025,8 @@ func (x *Refusal) GetRetry() bool {
 }
 
 // Trust is the control plane's own trust anchors: after Welcome and whenever
-// they change. It is not sent where the control plane shows a certificate of
-// somebody else's authority.
+// they change. It is empty where the control plane shows a certificate of
+// somebody else's authority: what it has sent before is to be forgotten.
 type Trust struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// PEM; all of them, not what was added.
