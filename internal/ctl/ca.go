@@ -284,6 +284,9 @@ func (a *app) awaitProxies(ctx context.Context, c *client, timeout time.Duration
 		}
 		if len(waits) != told {
 			told = len(waits)
+			if told == 0 {
+				continue
+			}
 			if err := a.print("waiting for %d proxies to acknowledge: %s\n", told, listProxies(waits)); err != nil {
 				return err
 			}
