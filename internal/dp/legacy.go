@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -117,7 +118,7 @@ func (c *Config) signpost(ctx context.Context, owner owners) error {
 }
 
 // speaksTLS reports whether the server of a URL without TLS speaks it all the
-// same. Nothing else is sent there, so nobody has to be verified.
+// same: that its certificate is not believed here says so too.
 func speaksTLS(ctx context.Context, dial func(ctx context.Context, network, at string) (net.Conn, error), cp string) bool {
 	u, err := url.Parse(cp)
 	if err != nil || u.Port() == "" {
@@ -130,7 +131,10 @@ func speaksTLS(ctx context.Context, dial func(ctx context.Context, network, at s
 		return false
 	}
 	defer conn.Close()
-	return tls.Client(conn, &tls.Config{MinVersion: tls.VersionTLS12, InsecureSkipVerify: true}).HandshakeContext(ctx) == nil
+	err = tls.Client(conn, &tls.Config{MinVersion: tls.VersionTLS12, ServerName: u.Hostname()}).HandshakeContext(ctx)
+	_, refused := errors.AsType[*tls.CertificateVerificationError](err)
+	_, alert := errors.AsType[tls.AlertError](err)
+	return err == nil || refused || alert
 }
 
 // readSignpost asks once. Errors are Invalid where asking again can't help.

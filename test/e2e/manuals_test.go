@@ -25,10 +25,11 @@ import (
 // named after the manual. The programs, Envoy, curl and openssl are real.
 //
 // The files of a story hold blocks of shell commands as the manual shows them.
-// Three things differ from what is printed, so that stories can run side by
+// Four things differ from what is printed, so that stories can run side by
 // side on any machine: files go into the story's own directory instead of
 // /tmp, ports are free ones instead of the usual ones, and <KUMA_CP_DNS_NAME>
-// is localhost. Beside what testscript offers, a story may use:
+// is localhost. And a control plane that was started a moment ago waits two
+// seconds, not a minute, for its proxies to come back. Beside what testscript offers, a story may use:
 //
 //	sh FILE              run a block; "!" if it must fail
 //	start NAME FILE      run a block in the background whose last command is
@@ -143,6 +144,7 @@ func (rd *reader) block(ts *testscript.TestScript, text string) (env []string, s
 	for _, name := range []string{"PATH", "HOME"} {
 		env = append(env, name+"="+ts.Getenv(name))
 	}
+	env = append(env, "KUMA_XDS_SERVER_RETURN_DELAY=2s")
 	for _, p := range manualPorts {
 		// The port of 0.7.3's server is a setting that turns the server on.
 		if p.port != "5679" || strings.Contains(text, "KUMA_ADMIN_SERVER") {
