@@ -142,6 +142,19 @@ func read(t *testing.T, w *httptest.ResponseRecorder) *bootstrapv3.Bootstrap {
 	return b
 }
 
+// Where kuma-dp writes the authorities into a file, Envoy has them from there
+// alone, with a link or without.
+func TestTrustFromAFile(t *testing.T) {
+	for name, features := range map[string][]string{"link": {bootstrap.FeatureLink, bootstrap.FeatureTrustFile}, "no link": {bootstrap.FeatureTrustFile}} {
+		w := ask(server(t, nil), "localhost:5678", request(func(r *bootstrap.Request) { r.Features = features }))
+		b := read(t, w)
+		var res bootstrap.Response
+		if err := json.Unmarshal(w.Body.Bytes(), &res); err != nil || len(res.Trust) == 0 || len(b.StaticResources.Secrets) > 0 {
+			t.Errorf("%s: secrets %v, trust %q, %v", name, b.StaticResources.Secrets, res.Trust, err)
+		}
+	}
+}
+
 func TestBootstrap(t *testing.T) {
 	b := read(t, ask(server(t, nil), "localhost:5678", request(nil)))
 	meta := b.Node.Metadata.AsMap()

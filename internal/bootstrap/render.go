@@ -109,7 +109,7 @@ func (p params) linked() bool {
 // trustFile: kuma-dp writes the control plane's authorities into a file, so that
 // they can change while Envoy runs.
 func (p params) trustFile() bool {
-	return p.linked() && slices.Contains(p.req.Features, FeatureTrustFile)
+	return p.req.Workdir != "" && slices.Contains(p.req.Features, FeatureTrustFile)
 }
 
 // verifyControlPlane says by which authorities and names Envoy verifies the

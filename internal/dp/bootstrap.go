@@ -81,7 +81,7 @@ func (c *Config) features() []string {
 		name string
 	}{
 		{c.Link, featureLink},
-		{c.Link, featureTrustFile},
+		{true, featureTrustFile},
 		{c.MetricsCert != "", names.FeatureMetricsFile},
 		{c.DeltaXDS, "feature-delta-grpc"},
 		{c.BindOutbounds, "feature-bind-outbounds"},

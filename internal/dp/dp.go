@@ -159,10 +159,8 @@ func Run(ctx context.Context, cfg Config, b Build, pod string) error {
 	if err != nil {
 		return err
 	}
-	if p.link != nil {
-		if err := believed.serveEnvoy(dir.sockets.Trust(), config.Trust, cfg.systemCA()); err != nil {
-			return err
-		}
+	if err := believed.serveEnvoy(dir.sockets.Trust(), config.Trust, cfg.systemCA()); err != nil {
+		return err
 	}
 	p.metrics = gauges
 	gauges.aggregate(config.Sidecar.Metrics.Aggregate)

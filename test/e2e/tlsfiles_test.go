@@ -5,6 +5,7 @@ package e2e
 import (
 	"bytes"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -142,13 +143,15 @@ func TestAuthorityFileReplaced(t *testing.T) {
 	r.apply(cp, mtls("STRICT"))
 	r.apply(cp, permitAll)
 	web := r.join(cp, "web", r.caller("web"), lab.ProxyOptions{Env: []string{"KUMA_CONTROL_PLANE_RETRY_BACKOFF=300ms"}})
-	r.ready(web)
+	quiet := r.join(cp, "quiet", r.caller("quiet"), linkless)
+	r.ready(web, quiet)
 
 	const refused, taken = "a changed certificate file is refused", "took over a changed certificate file"
 	put(caFile, first.PEM(), []byte("rubbish"))
 	r.logged(web.Process, refused, caFile)
 	put(caFile, first.PEM(), second.PEM())
 	r.logged(web.Process, taken, caFile)
+	r.logged(quiet.Process, taken, caFile)
 	if n := strings.Count(web.Log(), refused); n != 1 {
 		t.Errorf("it was refused %d times", n)
 	}
@@ -159,6 +162,22 @@ func TestAuthorityFileReplaced(t *testing.T) {
 		text, err := cp.Kumactl("", "inspect", "dataplane", "web", "--type", "stats")
 		if err == nil && !strings.Contains(text, "cluster.ads_cluster.ssl.handshake: 2\n") {
 			err = errors.New("it has not verified the new certificate")
+		}
+		return err
+	})
+
+	var index struct {
+		ID string `json:"instanceId"`
+	}
+	_, text, err := lab.Get(cp.URL() + "/")
+	if err == nil {
+		err = json.Unmarshal([]byte(text), &index)
+	}
+	r.must(err)
+	r.await("the Envoy without a link is back", func() error {
+		_, text, err := lab.Get(cp.URL() + "/meshes/default/dataplanes+insights/quiet")
+		if err == nil && !strings.Contains(text, index.ID) {
+			err = fmt.Errorf("it is not at %q: %s", index.ID, text)
 		}
 		return err
 	})
