@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	stdlog "log"
 	"net"
 	"net/http"
 	"net/netip"
@@ -21,6 +22,9 @@ import (
 // and the ports' own limits bound how many there are. The zero value is ready;
 // it is safe for concurrent use.
 type connections struct {
+	// refusals is told of handshakes that fail; nil tells nobody.
+	refusals *refusals
+
 	mu    sync.Mutex
 	doors []*door
 	open  map[*connection]struct{}
@@ -46,6 +50,9 @@ type door struct {
 // add makes a port known.
 func (cs *connections) add(d door) *door {
 	d.conns = cs
+	if cs.refusals != nil && d.tls != nil {
+		cs.refusals.count.WithLabelValues(d.name) // zero is seen from the start
+	}
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	cs.doors = append(cs.doors, &d)
@@ -57,6 +64,9 @@ func (cs *connections) add(d door) *door {
 func (cs *connections) serve(d door, s *http.Server, l net.Listener) net.Listener {
 	d.addr, d.tls = l.Addr(), s.TLSConfig
 	known := cs.add(d)
+	if cs.refusals != nil {
+		s.ErrorLog = stdlog.New(errorLog{d.name, cs.refusals, cs.refusals.log}, "", 0)
+	}
 	inner, state := s.ConnContext, s.ConnState
 	s.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
 		if own := connectionOf(c); own != nil {
@@ -137,6 +147,11 @@ func (d *door) enter(c net.Conn) *connection {
 	}
 	d.conns.open[own] = struct{}{}
 	return own
+}
+
+// refused tells of a handshake that failed.
+func (d *door) refused(c net.Conn, err error) {
+	d.conns.refusals.handshake(d.name, c.RemoteAddr().String(), err)
 }
 
 // Close closes the connection.

@@ -121,6 +121,8 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 			c.shut()
 		}
 	}()
+	c.conns.refusals = newRefusals(log.With("logger", "tls"))
+	counted.zoned.MustRegister(c.conns.refusals.count)
 	zone, build, instance := cfg.Multizone.Zone.Name, conf.Build(), instanceID()
 
 	// What is kept, and the operator's certificate files.

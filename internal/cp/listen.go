@@ -120,7 +120,8 @@ func (s *splitter) sort(accepted net.Conn) {
 	raw := s.door.enter(accepted)
 	c := tls.Server(raw, s.tls)
 	_ = raw.SetDeadline(time.Now().Add(handshakeTimeout))
-	if c.Handshake() != nil {
+	if err := c.Handshake(); err != nil {
+		s.door.refused(raw, err)
 		_ = raw.Close()
 		return
 	}

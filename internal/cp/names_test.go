@@ -121,7 +121,7 @@ func TestMetricNames(t *testing.T) {
 		"cert_generation": "counter mesh", "ca_manager_get_cert": "histogram backend_name",
 		"certwatcher_read_certificate_total": "counter", "certwatcher_read_certificate_errors_total": "counter",
 		"go_goroutines": "gauge", "process_cpu_seconds_total": "counter", "promhttp_metric_handler_requests_total": "counter code",
-		"kuma_proxies": "gauge", "kuma_links_active": "gauge", "kuma_certificate_expiry_timestamp_seconds": "gauge certificate", "kuma_picture_revision": "gauge",
+		"kuma_proxies": "gauge", "kuma_links_active": "gauge", "kuma_tls_handshake_errors_total": "counter server", "kuma_certificate_expiry_timestamp_seconds": "gauge certificate", "kuma_picture_revision": "gauge",
 	} {
 		if got := strings.TrimSpace(kinds[name] + " " + labels[name]); got != want {
 			t.Errorf("%s is %q, want %q", name, got, want)
