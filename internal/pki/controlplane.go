@@ -675,6 +675,12 @@ func ipTexts(ips []net.IP) []string {
 	return out
 }
 
+// there reports whether a file exists, emptied or not.
+func there(file string) bool {
+	_, err := os.Stat(file)
+	return !errors.Is(err, fs.ErrNotExist)
+}
+
 func filled(file string) bool {
 	info, err := os.Stat(file)
 	return !errors.Is(err, fs.ErrNotExist) && (err != nil || info.Size() > 0)

@@ -747,6 +747,7 @@ func TestRotationFileRefused(t *testing.T) {
 		want   string
 	}{
 		"garbled":               {func(string) string { return "{" }, "not the JSON"},
+		"emptied":               {func(string) string { return "" }, "not the JSON"},
 		"cut off":               {func(s string) string { return s[:len(s)/2] }, "not the JSON"},
 		"of the future":         {set("format", 9), "format 9"},
 		"unknown step":          {set("step", "flying"), `"flying" is not known`},

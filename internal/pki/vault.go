@@ -350,7 +350,7 @@ func (v dirVault) path(name string) string { return filepath.Join(v.dir, name) }
 func (v dirVault) load() (authorities, uint64, error) {
 	certFile, keyFile, rotation := v.path(CAFile), v.path(CAKeyFile), v.path(RotationFile)
 	haveCert, haveKey := filled(certFile), filled(keyFile)
-	if filled(rotation) {
+	if there(rotation) {
 		if !haveCert && !haveKey { // the user wants a new authority, and gets one
 			return authorities{}, 0, os.Remove(rotation)
 		}
@@ -409,7 +409,7 @@ func (v dirVault) lacks() string {
 	switch {
 	case !haveCert:
 		return nothing
-	case filled(v.path(RotationFile)):
+	case there(v.path(RotationFile)):
 		return ""
 	case !haveKey:
 		return "its key " + CAKeyFile + " is missing"
@@ -462,7 +462,7 @@ func (v dirVault) follow(s authorities) error {
 }
 
 func (v dirVault) save(s authorities, _ uint64) (uint64, error) {
-	if s.Step == StepSteady && !filled(v.path(CAFile)) && !filled(v.path(RotationFile)) {
+	if s.Step == StepSteady && !filled(v.path(CAFile)) && !there(v.path(RotationFile)) {
 		return 0, writePair(v.path(CAFile), v.path(CAKeyFile), s.current.text, s.current.keyText)
 	}
 	if old := s.retired; old != nil { // beside the others, before its own files are written over
