@@ -134,7 +134,8 @@ type XDSServer struct {
 	// stream where the proxy did not say that it leaves.
 	DataplaneDeregistrationDelay time.Duration `json:"dataplaneDeregistrationDelay" env:"KUMA_XDS_DATAPLANE_DEREGISTRATION_DELAY"`
 	// ReturnDelay is how long after a start proxies have to come back before
-	// their Dataplanes are taken as ended (ours).
+	// their Dataplanes are taken as ended, and before a rotation of the control
+	// plane's authority switches or retires (ours).
 	ReturnDelay time.Duration `json:"returnDelay"`
 }
 
