@@ -215,15 +215,53 @@ func (t *trust) restore(dir string, log *slog.Logger) {
 		return
 	}
 	var clean []byte
+	beside := ""
 	if err == nil {
+		beside, text = cutBeside(text)
 		_, clean, err = pki.ReadAnchors(text)
+	}
+	if err == nil && beside != t.beside() && !overlap(t.given, clean) {
+		log.Warn("the control plane's authorities that were kept are ignored: they were learnt beside other ones than those given now, and have none in common with these", "file", file, "given", t.source)
+		return
 	}
 	if err == nil {
 		err = t.believe(clean)
 	}
 	if err != nil {
 		log.Warn("the control plane's authorities that were kept can't be used and are ignored; they are replaced when the control plane sends them", "file", file, "error", err)
+		return
 	}
+	log.Info("the control plane's authorities that it has sent before count, too", "file", file)
+}
+
+// besideMark begins the first line of what is kept: what follows tells which
+// authorities the user had given then. Where a start finds others, that have
+// none in common with what was kept, the user wants those and no more: perhaps
+// since a key was stolen.
+const besideMark = "# learnt beside "
+
+// beside tells what the user has given. The lock is held.
+func (t *trust) beside() string {
+	if len(t.given) == 0 {
+		return "the system's"
+	}
+	sum := sha256.Sum256(t.given)
+	return hex.EncodeToString(sum[:])
+}
+
+func cutBeside(text []byte) (beside string, pem []byte) {
+	line, rest, ok := bytes.Cut(text, []byte("\n"))
+	if !ok || !bytes.HasPrefix(line, []byte(besideMark)) {
+		return "", text
+	}
+	return string(line[len(besideMark):]), rest
+}
+
+// overlap reports whether two PEM texts have an authority in common.
+func overlap(first, second []byte) bool {
+	a, _, err := pki.ReadAnchors(first)
+	b, _, errB := pki.ReadAnchors(second)
+	return err == nil && errB == nil && slices.ContainsFunc(a, func(c *x509.Certificate) bool { return slices.ContainsFunc(b, c.Equal) })
 }
 
 // openStateDir makes the directory, or checks the one that is there, which is
@@ -386,10 +424,11 @@ func (t *trust) keep(clean []byte) error {
 		return errs.New(errs.Unavailable, "they are not kept over a restart: %s; name a directory with --state-dir", t.lacks)
 	}
 	file := filepath.Join(t.dir, trustFile)
-	if have, err := readOwn(file); err == nil && bytes.Equal(have, clean) {
+	text := slices.Concat([]byte(besideMark+t.beside()+"\n"), clean)
+	if have, err := readOwn(file); err == nil && bytes.Equal(have, text) {
 		return nil
 	}
-	if err := pki.WriteFile(file, clean); err != nil {
+	if err := pki.WriteFile(file, text); err != nil {
 		return errs.New(errs.Unavailable, "they are not kept over a restart: %w", err)
 	}
 	return nil
