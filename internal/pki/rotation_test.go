@@ -1261,7 +1261,7 @@ func TestAbortIsRemembered(t *testing.T) {
 			r = pki.NewRotator(pki.RotatorConfig{Certs: cp})
 			do(t, r, pki.OrderAbort)
 			s := status(t, r)
-			if left := time.Until(s.Held); left < time.Hour || left > s.Anchors[0]time.Until(.NotAfter)/2+time.Hour {
+			if left := time.Until(s.Held); left < time.Hour || left > time.Until(s.Anchors[0].NotAfter)/2+time.Hour {
 				t.Errorf("held until %v, it ends at %v", s.Held, s.Anchors[0].NotAfter)
 			}
 			do(t, r, pki.OrderPrepare)
