@@ -45,13 +45,15 @@ unit: ## what needs nothing but Go
 	cd test/prometheus && go test ./...
 
 e2e: build ## end to end: Envoy of this version, and a smoke test with the oldest supported
+	@tools/need.sh curl openssl
 	ENVOY="$(call envoy_path,$(ENVOY_VERSION))"; export ENVOY BIN="$(CURDIR)/bin"; \
 	go test -tags e2e -count=1 -timeout 15m ./test/e2e/... ./internal/dp/... ./internal/proxy/...
 	tools/e2e-smoke.sh $(if $(ENVOY),,$(ENVOY_OLDEST))
 
 test-long: build ## what takes long by its nature: every Envoy, long fuzzing, a scanner of TLS, a whole Prometheus, endurance
 	ENVOY="$(call envoy_path,$(ENVOY_VERSION))"; export ENVOY BIN="$(CURDIR)/bin"; \
-	export TESTSSL="$$(tools/get-testssl.sh)" PROMETHEUS="$(if $(PROMETHEUS),$(PROMETHEUS),$$(tools/get-prometheus.sh))"; \
+	tools/need.sh curl openssl testssl.sh=testssl; \
+	export TESTSSL="$$(command -v testssl)" PROMETHEUS="$(if $(PROMETHEUS),$(PROMETHEUS),$$(tools/get-prometheus.sh))"; \
 	go test -tags 'e2e long' -count=1 -timeout 60m ./...
 	for version in $(ENVOY_BETWEEN) $(ENVOY_OLDEST); do \
 		echo "end to end with Envoy $$version"; \
