@@ -190,6 +190,7 @@ func receive(g stream) (<-chan *linkpb.FromProxy, <-chan error) {
 			select {
 			case messages <- m:
 			case <-g.Context().Done():
+				failed <- status.FromContextError(g.Context().Err()).Err()
 				return
 			}
 		}

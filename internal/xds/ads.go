@@ -107,6 +107,7 @@ func receive[M any](ctx context.Context, recv func() (M, error)) (<-chan M, <-ch
 			select {
 			case messages <- m:
 			case <-ctx.Done():
+				failed <- status.FromContextError(ctx.Err()).Err()
 				return
 			}
 		}
