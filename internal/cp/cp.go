@@ -391,7 +391,7 @@ func (c *ControlPlane) openAPI(api *rest.Server, users *auth.Authenticator) erro
 	newServer := func() *http.Server {
 		return &http.Server{
 			Handler: c.metrics.api.measure(api.Handler(), api.Pattern), ConnContext: users.ConnContext, ReadHeaderTimeout: cfg.ReadHeaderTimeout, ReadTimeout: cfg.ReadTimeout,
-			WriteTimeout: cfg.WriteTimeout, IdleTimeout: cfg.IdleTimeout, MaxHeaderBytes: 64 << 10, ErrorLog: quiet(c.log),
+			WriteTimeout: cfg.WriteTimeout, IdleTimeout: cfg.IdleTimeout, MaxHeaderBytes: 64 << 10,
 		}
 	}
 	open := func(setting, host string, port uint32) (net.Listener, error) {

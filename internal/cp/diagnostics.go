@@ -37,7 +37,7 @@ func administrators(users *auth.Authenticator, access *auth.Access) func(*http.R
 func (c *ControlPlane) diagnosticsServer() *http.Server {
 	s := &http.Server{
 		Handler: c.diagnose(), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
-		IdleTimeout: time.Minute, MaxHeaderBytes: 64 << 10, ErrorLog: quiet(c.log),
+		IdleTimeout: time.Minute, MaxHeaderBytes: 64 << 10,
 	}
 	if c.cfg.Diagnostics.DebugEndpoints {
 		s.WriteTimeout = 5 * time.Minute // a profile takes as long as it was asked for

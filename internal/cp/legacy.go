@@ -5,7 +5,6 @@ import (
 	"cmp"
 	"crypto/x509"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -200,7 +199,7 @@ func (c *ControlPlane) openAdmin(api rest.Config, users auth.AuthenticatorConfig
 		s := c.cfg.APIServer
 		return &http.Server{
 			Handler: &tokenFront{api: tokens.Handler(), used: once{log: log}}, ConnContext: who.ConnContext, ReadHeaderTimeout: s.ReadHeaderTimeout,
-			ReadTimeout: s.ReadTimeout, WriteTimeout: s.WriteTimeout, IdleTimeout: s.IdleTimeout, MaxHeaderBytes: 64 << 10, ErrorLog: quiet(c.log),
+			ReadTimeout: s.ReadTimeout, WriteTimeout: s.WriteTimeout, IdleTimeout: s.IdleTimeout, MaxHeaderBytes: 64 << 10,
 		}, nil
 	}
 	open := func(setting, host string, port uint32) (net.Listener, error) {
@@ -318,18 +317,7 @@ func share(l net.Listener) (plain, encrypted net.Listener) {
 func (s *shared) run() {
 	defer s.plain.Close()
 	defer s.encrypted.Close()
-	for {
-		c, err := s.Listener.Accept()
-		if errors.Is(err, net.ErrClosed) {
-			return
-		}
-		if err != nil {
-			// Out of file descriptors, most likely: what is open goes on.
-			time.Sleep(50 * time.Millisecond)
-			continue
-		}
-		go s.sort(c)
-	}
+	accept(s.Listener, func(c net.Conn) { go s.sort(c) })
 }
 
 func (s *shared) sort(raw net.Conn) {

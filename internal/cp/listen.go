@@ -80,24 +80,32 @@ func newSplitter(l net.Listener, c *tls.Config, most *limit) *splitter {
 func (s *splitter) run() error {
 	defer s.grpc.Close()
 	defer s.http.Close()
-	for {
-		c, err := s.Accept()
-		if errors.Is(err, net.ErrClosed) {
-			return nil
-		}
-		if err != nil {
-			// Out of file descriptors, most likely: what is open goes on.
-			time.Sleep(50 * time.Millisecond)
-			continue
-		}
+	accept(s.Listener, func(c net.Conn) {
 		if c = s.limit.admit(c); c == nil {
-			continue
+			return
 		}
 		done := s.begin(c)
 		go func() {
 			defer done()
 			s.sort(c)
 		}()
+	})
+	return nil
+}
+
+// accept hands connections over until the listener is closed.
+func accept(l net.Listener, take func(net.Conn)) {
+	for {
+		c, err := l.Accept()
+		switch {
+		case errors.Is(err, net.ErrClosed):
+			return
+		case err != nil:
+			// Out of file descriptors, most likely: what is open goes on.
+			time.Sleep(50 * time.Millisecond)
+		default:
+			take(c)
+		}
 	}
 }
 

@@ -86,7 +86,7 @@ func (c *ControlPlane) openMADS() error {
 	s := &http.Server{
 		// The handler itself bounds how long a request may take: it may wait.
 		Handler:           c.metrics.mads.measure(c.whenReady(handler), one),
-		ReadHeaderTimeout: 5 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10, ErrorLog: quiet(c.log),
+		ReadHeaderTimeout: 5 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
 	}
 	s.RegisterOnShutdown(handler.Close)
 	if cfg.TLSEnabled {
