@@ -51,18 +51,8 @@ func config(t *testing.T) cp.Config {
 	return cfg
 }
 
-// freePort is a port that nobody listens on, and that nobody else is given
-// until the test ends.
-func freePort(t *testing.T) uint32 {
-	t.Helper()
-	l := lab.New(t.TempDir(), "", "")
-	t.Cleanup(l.Close)
-	ports, err := l.Ports(1)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return uint32(ports[0])
-}
+// freePort is a port for a control plane.
+func freePort(t *testing.T) uint32 { return uint32(lab.FreePort(t)) }
 
 // run runs a control plane until the test ends, or stop is called.
 func run(t *testing.T, cfg cp.Config) (stop func()) {

@@ -114,7 +114,7 @@ func TestRunAndStop(t *testing.T) {
 	for last := (*linkpb.Readiness)(nil); !last.GetReady(); {
 		select {
 		case last = <-readiness:
-		case <-time.After(5 * time.Second):
+		case <-time.After(patience):
 			t.Fatal("readiness was not told")
 		}
 	}
@@ -456,7 +456,7 @@ func TestLinkReconnects(t *testing.T) {
 	r := launch(t, p, nil)
 	select {
 	case <-back:
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("the link did not come back")
 	}
 	first, second, third := <-meetings, <-meetings, <-meetings
@@ -582,7 +582,7 @@ func TestDenials(t *testing.T) {
 	defer conn.Close()
 	const forwarded = "one\n{\"two\":2}\nthree\n"
 	got := make([]byte, len(forwarded))
-	if err := conn.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+	if err := conn.SetReadDeadline(time.Now().Add(patience)); err != nil {
 		t.Fatal(err)
 	}
 	for n := 0; n < len(got); {
@@ -607,7 +607,7 @@ func TestDenials(t *testing.T) {
 			if got := d.GetDenials()[0]; got.String() != want.String() {
 				t.Errorf("got %v, want %v", got, want)
 			}
-		case <-time.After(5 * time.Second):
+		case <-time.After(patience):
 			t.Fatalf("%d of %d refusals reached the control plane", count, total)
 		}
 	}

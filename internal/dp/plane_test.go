@@ -34,6 +34,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"kuma/proto/linkpb"
+	"kuma/test/lab"
 )
 
 // TestMain lets this test binary stand in for Envoy where a test is about the
@@ -379,7 +380,7 @@ func launch(t *testing.T, p *plane, change func(*Config)) *ran {
 		cancel()
 		select {
 		case <-r.done:
-		case <-time.After(20 * time.Second):
+		case <-time.After(patience):
 			t.Error("kuma-dp did not end")
 		}
 		if t.Failed() {
@@ -396,7 +397,7 @@ func (r *ran) end() error {
 	case err := <-r.done:
 		r.done <- err
 		return err
-	case <-time.After(20 * time.Second):
+	case <-time.After(patience):
 		r.t.Fatal("kuma-dp did not end")
 		return nil
 	}
@@ -413,15 +414,26 @@ func (r *ran) ready() (code int, body, by string) {
 	return resp.StatusCode, string(b), resp.Header.Get("X-Powered-By")
 }
 
-// until waits for a condition; it fails the test after ten seconds.
+// patience is how long a test waits for what takes milliseconds on a machine
+// with nothing else to do.
+const patience = 30 * time.Second
+
+// until waits for a condition; it fails the test where that does not come.
 func (r *ran) until(what string, ok func() bool) {
 	r.t.Helper()
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(patience)
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for !ok() {
 		if time.Now().After(deadline) {
-			r.t.Fatalf("not within 10 s: %s", what)
+			state := "kuma-dp runs"
+			select {
+			case err := <-r.done:
+				r.done <- err
+				state = fmt.Sprintf("kuma-dp has ended with error %v", err)
+			default:
+			}
+			r.t.Fatalf("not within %v: %s; %s", patience, what, state)
 		}
 		<-tick.C
 	}
@@ -440,12 +452,5 @@ func shortTemp(t *testing.T) string {
 	return d
 }
 
-func freePort(t *testing.T) uint32 {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return uint32(l.Addr().(*net.TCPAddr).Port)
-}
+// freePort is a port for kuma-dp.
+func freePort(t *testing.T) uint32 { return uint32(lab.FreePort(t)) }

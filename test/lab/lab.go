@@ -21,6 +21,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"testing"
 	"time"
 )
 
@@ -87,6 +88,20 @@ func (l *Lab) claim() error {
 		}
 	}
 	return errors.New("all ports for labs are in use")
+}
+
+// FreePort is a port that nobody listens on, and that nobody else is given
+// until the test ends. A port that the kernel picked and that was closed again
+// is none: the kernel gives it to the next who asks.
+func FreePort(t testing.TB) int {
+	t.Helper()
+	l := New(t.TempDir(), "", "")
+	t.Cleanup(l.Close)
+	ports, err := l.Ports(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ports[0]
 }
 
 // File writes a file of the lab and returns its path.
