@@ -46,6 +46,11 @@ const (
 type FilesConfig struct {
 	// Every is how often the files are looked at; 0 means DefaultReload.
 	Every time.Duration
+	// Known lists authorities that this program knows beside those of watched
+	// files and of this machine: by them it is told whether the chain of a Pair is
+	// complete, see Gaps. Nil means that it is not told. It is not called while
+	// files are opened.
+	Known func() []*x509.Certificate
 	// Log is told what was taken over and what was refused.
 	Log *slog.Logger
 }
@@ -71,8 +76,15 @@ func NewFiles(c FilesConfig) *Files {
 	return &Files{cfg: c}
 }
 
-// Run looks at the files until the context ends.
+// Run looks at the files until the context ends. What is opened before is looked
+// at for gaps first.
 func (f *Files) Run(ctx context.Context) error {
+	f.mu.Lock()
+	all := slices.Clone(f.watched)
+	f.mu.Unlock()
+	for _, w := range all {
+		w.tellGap()
+	}
 	tick := time.NewTicker(f.cfg.Every)
 	defer tick.Stop()
 	for {
@@ -235,6 +247,16 @@ func (w *watched) look() {
 	_, end := w.of.life()
 	w.files.cfg.Log.Info("took over a changed certificate file", "setting", w.setting, "files", w.of.paths(), "until", end.UTC().Format(time.RFC3339))
 	w.note(notes)
+	w.tellGap()
+}
+
+// tellGap tells what the file of a pair may lack.
+func (w *watched) tellGap() {
+	if p, ok := w.of.(*Pair); ok {
+		if g := w.files.gap(p, time.Now()); g != nil {
+			w.files.cfg.Log.Warn("a certificate file may lack an issuer", "setting", w.setting, "warning", g.String())
+		}
+	}
 }
 
 // fail tells what is wrong with a content, once, if it stays.
@@ -370,6 +392,7 @@ type Host struct{ Name, Setting string }
 type shown struct {
 	pair  *tls.Certificate
 	text  []byte
+	last  *x509.Certificate // of the chain
 	begin time.Time
 	end   time.Time // of the first certificate of the chain that ends
 	sans  []string
@@ -379,7 +402,8 @@ type shown struct {
 // certificate's issuer (the root may be left out), and a key file. What is
 // checked: both are PEM without rubbish, belong together, are valid now and
 // strong enough; the leaf is for servers and names one, and each of the hosts;
-// the chain is in order. Errors begin with the setting, name the file and say
+// the chain is in order. Whether it is complete is told where it can be (Gaps).
+// Errors begin with the setting, name the file and say
 // how to mend it. The name is that of the Expiry.
 func (f *Files) Pair(name, setting, certFile, keyFile string, hosts ...Host) (*Pair, error) {
 	p := &Pair{name: name, certFile: certFile, keyFile: keyFile, hosts: hosts}
@@ -613,6 +637,7 @@ func checkPair(cert, key content, now time.Time) (*shown, error) {
 		if c.NotAfter.Before(s.end) {
 			s.end = c.NotAfter
 		}
+		s.last = c
 		s.pair.Certificate = append(s.pair.Certificate, c.Raw)
 		s.text = append(s.text, encodeCert(c.Raw)...)
 	}
