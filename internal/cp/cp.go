@@ -115,7 +115,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	c := &ControlPlane{cfg: cfg, metrics: counted, close: func() error { return nil }}
 	log = c.levels.logger(log, counted.lines)
 	c.log = log
-	c.files = pki.NewFiles(pki.FilesConfig{Every: cfg.General.TLSReloadInterval, Log: log.With("logger", "tls")})
+	c.files = pki.NewFiles(pki.FilesConfig{Every: cfg.General.TLSReloadInterval, Known: c.ownAuthorities, Log: log.With("logger", "tls")})
 	defer func() {
 		if err != nil {
 			c.shut()

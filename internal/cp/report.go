@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"fmt"
 	"maps"
 	"net"
 	"net/netip"
@@ -48,6 +49,8 @@ type reporter struct {
 	peers    func() []session.Peer
 	picture  func() *state.Picture
 	expiries func() []pki.Expiry
+	// gaps are certificate files that may lack an issuer.
+	gaps func() []pki.Gap
 	// stats are the statistics of a proxy's Envoy that were ever used, as text.
 	stats func(ctx context.Context, key session.Key) ([]byte, error)
 	now   func() time.Time
@@ -56,7 +59,7 @@ type reporter struct {
 // reporter is the TLS report's source.
 func (c *ControlPlane) reporter(instance string, proxies inspector) *reporter {
 	return &reporter{
-		cfg: c.cfg, instance: instance, conns: &c.conns, peers: c.sessions.Peers, picture: c.tracker.Now, expiries: c.expiries, now: time.Now,
+		cfg: c.cfg, instance: instance, conns: &c.conns, peers: c.sessions.Peers, picture: c.tracker.Now, expiries: c.expiries, gaps: c.files.Gaps, now: time.Now,
 		stats: func(ctx context.Context, key session.Key) ([]byte, error) {
 			return proxies.Inspect(ctx, key.Mesh, key.Name, rest.Inspection{What: "stats", UsedOnly: true})
 		},
@@ -149,6 +152,10 @@ func (r *reporter) TLSReport(ctx context.Context, meshName string) (rest.TLSRepo
 		}
 		report.Certificates = append(report.Certificates, rest.TLSCertificate{Name: e.Name, File: e.File, Subject: e.Subject, NotAfter: e.NotAfter})
 		r.ends(found, e.Name, e.NotAfter, endsSoon, "see where it comes from: renew the file, or let the control plane's own be renewed (kumactl ca rotate)")
+	}
+	for _, g := range r.gaps() {
+		found.add(rest.SeverityNote, "the certificate file ends with a certificate whose issuer is neither in it nor known to this control plane", fmt.Sprintf("%s: %s lacks %q", g.Name, g.File, g.Issuer),
+			"append the issuer's certificate to the file; nothing is to be done where clients have that issuer itself as their authority")
 	}
 	for _, name := range pic.Meshes() {
 		if meshName == "" || name == meshName {

@@ -144,7 +144,7 @@ func reporterFor(t *testing.T, cs *connections) *reporter {
 	pic := pictureOf(t, meshOf("default", mesh.Strict))
 	return &reporter{
 		cfg: Default(), instance: "i", conns: cs, peers: func() []session.Peer { return nil }, picture: func() *state.Picture { return pic },
-		expiries: func() []pki.Expiry { return nil }, now: time.Now,
+		expiries: func() []pki.Expiry { return nil }, gaps: func() []pki.Gap { return nil }, now: time.Now,
 		stats: func(context.Context, session.Key) ([]byte, error) { return nil, errors.New("nobody is here") },
 	}
 }
@@ -409,6 +409,16 @@ func TestReportOfProxies(t *testing.T) {
 
 // A proxy that does not answer is waited for no longer than it may take, and
 // never more than a few are asked at once.
+// A file that may lack an issuer is a note, which --check lets pass: a private
+// root that signs directly is right.
+func TestReportOfGaps(t *testing.T) {
+	r := reporterFor(t, &connections{})
+	r.gaps = func() []pki.Gap {
+		return []pki.Gap{{Name: "dp-server", File: "/tls/dp.crt", Subject: "CN=cp", Issuer: "CN=between"}, {Name: "general", File: "/tls/general.crt", Subject: "CN=cp", Issuer: "CN=other"}}
+	}
+	wantSaid(t, reportOf(t, r, "default"), `note: the certificate file ends with a certificate whose issuer is neither in it nor known to this control plane: dp-server: /tls/dp.crt lacks "CN=between",general: /tls/general.crt lacks "CN=other"`)
+}
+
 func TestReportIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var cs connections

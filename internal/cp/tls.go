@@ -296,6 +296,19 @@ func (c *ControlPlane) openFiles() error {
 	return nil
 }
 
+// ownAuthorities are those of the control plane itself. It has none where the
+// general pair is the operator's.
+func (c *ControlPlane) ownAuthorities() []*x509.Certificate {
+	if c.cfg.General.TLSCertFile != "" {
+		return nil
+	}
+	own, _, err := pki.ReadAnchors(c.certs.CA())
+	if err != nil { // a pair of the original that is no authority
+		return nil
+	}
+	return own
+}
+
 // clientSource is a setting that names a file or a directory of authorities of
 // clients' certificates. The name is that of its Expiry.
 type clientSource struct{ name, setting, path string }

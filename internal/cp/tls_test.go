@@ -30,6 +30,7 @@ import (
 	"kuma/internal/cp"
 	"kuma/internal/cp/cptest"
 	"kuma/internal/envoy"
+	"kuma/internal/pki"
 )
 
 // pairFiles are the files of a server's pair.
@@ -380,6 +381,39 @@ func TestOneFile(t *testing.T) {
 	run(t, cfg)
 	if _, err := handshake(t, doors(cfg)["KUMA_DP_SERVER"], &tls.Config{RootCAs: ca.Pool(), ServerName: "localhost"}); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestUnknownIssuer: a pair whose file lacks its intermediate is served, with one
+// warning at the start and a note in the report; one that the control plane's own
+// authority signed is not mentioned.
+func TestUnknownIssuer(t *testing.T) {
+	lacking := newPairFiles(t)
+	lacking.put(t, cptest.NewCA(t).Under(t).Pair(t, nil))
+	cfg := config(t)
+	cfg.General.TLSReloadInterval = 5 * time.Millisecond
+	stop := run(t, cfg)
+	stop()
+	cfg.DPServer.ServerTLS = cp.ServerTLS{TLSCertFile: lacking.cert, TLSKeyFile: lacking.key}
+	cfg.MonitoringAssignmentServer.TLSEnabled = true
+	cfg.MonitoringAssignmentServer.ServerTLS = cp.ServerTLS{TLSCertFile: filepath.Join(cfg.General.WorkDir, pki.ServerFile), TLSKeyFile: filepath.Join(cfg.General.WorkDir, pki.ServerKeyFile)}
+	_, log := runLogged(t, cfg)
+	const told = "a certificate file may lack an issuer"
+	eventually(t, "a warning", func() bool { return strings.Contains(log.String(), told) })
+	if said := log.String(); strings.Count(said, told) != 1 || !strings.Contains(said, "setting=KUMA_DP_SERVER_TLS_CERT_FILE") || !strings.Contains(said, lacking.cert) {
+		t.Errorf("the log says %s", said)
+	}
+	res, err := http.Get(fmt.Sprintf("http://127.0.0.1:%d/tls-report", cfg.APIServer.HTTP.Port))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = res.Body.Close() }()
+	report, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := strings.Count(string(report), " lacks "); res.StatusCode != http.StatusOK || n != 1 {
+		t.Errorf("%s, %d files lack something: %s", res.Status, n, report)
 	}
 }
 
