@@ -21,11 +21,8 @@ import (
 	"log/slog"
 	"os"
 	"runtime/debug"
-	"slices"
 	"strings"
-	"sync"
 	"syscall"
-	"time"
 
 	"go.etcd.io/bbolt"
 
@@ -47,34 +44,16 @@ type Config struct {
 
 // Store is a store in one file.
 type Store struct {
-	*store.Memory
-	path  string
-	log   *slog.Logger
-	kinds map[string]*resource.Kind
-	// hidden are resources in the file that this version can't read, and why.
-	hidden map[resource.Key]error
-	file   *os.File
+	*store.Keeper
+	path string
+	log  *slog.Logger
+	file *os.File
 
-	// turn holds one token: who has it may use the fields below.
-	turn   chan struct{}
+	// The fields below are for who writes, alone.
 	db     *bbolt.DB
 	state  state
 	broken error
-
-	mu    sync.Mutex
-	queue []*put
 }
-
-// put is a call of Put that waits for its outcome.
-type put struct {
-	writes   []store.Write
-	revision uint64
-	err      error
-	done     chan struct{}
-}
-
-// maxRecord is the largest resource that is taken, in bytes of its JSON.
-const maxRecord = 16 << 20
 
 // maxKey is the longest kind, mesh and name together.
 const maxKey = 4096
@@ -84,10 +63,12 @@ const maxKey = 4096
 // damaged or too new (errs.Internal). A resource in it that can't be decoded
 // is logged and hidden; it stays in the file.
 func Open(c Config) (*Store, error) {
-	s := &Store{path: c.Path, log: c.Log, kinds: map[string]*resource.Kind{}, hidden: map[resource.Key]error{}, turn: make(chan struct{}, 1)}
-	for _, k := range c.Kinds {
-		s.kinds[k.Name] = k
-	}
+	s := &Store{path: c.Path, log: c.Log}
+	s.Keeper = store.NewKeeper(store.Place{
+		Name: "the store file " + c.Path, MaxKey: maxKey, Kinds: c.Kinds, Log: c.Log,
+		Ready: func() error { return s.broken },
+		Write: s.write,
+	})
 	err := s.open()
 	if err == nil {
 		return s, nil
@@ -159,8 +140,6 @@ func (s *Store) damaged(what error) error {
 
 // load reads all that is in the file.
 func (s *Store) load() error {
-	var all []*resource.Resource
-	foreign := map[string]int{}
 	err := s.db.View(func(tx *bbolt.Tx) error {
 		meta, resources := tx.Bucket(metaBucket), tx.Bucket(resourcesBucket)
 		if meta == nil || resources == nil {
@@ -185,21 +164,7 @@ func (s *Store) load() error {
 			if err != nil {
 				return err
 			}
-			kind := s.kinds[key.Kind]
-			if kind == nil {
-				foreign[key.Kind]++
-				return nil
-			}
-			r, err := resource.Thaw(kind, payload)
-			if err == nil && r.Key() != key {
-				err = fmt.Errorf("it says of itself that it is %s", r.Key())
-			}
-			if err != nil {
-				s.hidden[key] = err
-				s.log.Error("a resource in the store file can't be read by this version; it stays in the file, and everything goes on as if it weren't there", "resource", key.String(), "path", s.path, "error", err)
-				return nil
-			}
-			all = append(all, r)
+			s.Load(key, payload)
 			return nil
 		})
 		if err == nil && found != s.state {
@@ -213,10 +178,7 @@ func (s *Store) load() error {
 	if err != nil {
 		return err
 	}
-	for kind, n := range foreign {
-		s.log.Warn("the store file has resources of a kind that this version doesn't know; they stay in the file, unseen", "kind", kind, "resources", n, "path", s.path)
-	}
-	s.Memory = store.NewMemory(s.state.Revision, all)
+	s.Start(s.state.Revision)
 	return nil
 }
 
@@ -238,103 +200,25 @@ func (s *Store) abandon() error {
 	return errors.Join(syscall.Flock(int(s.file.Fd()), syscall.LOCK_UN), s.file.Close())
 }
 
-// Put is store.Store's. What can't be written now, because the disk is full,
-// read-only or broken, is errs.Unavailable; nothing has changed then, and a
-// later Put works once the reason is gone.
-func (s *Store) Put(ctx context.Context, writes ...store.Write) (uint64, error) {
-	if err := ctx.Err(); err != nil {
-		return 0, errs.New(errs.Unavailable, "nothing was written: %w", err)
-	}
-	if len(writes) == 0 {
-		return s.Revision(), nil
-	}
-	p := &put{writes: writes, done: make(chan struct{})}
-	s.mu.Lock()
-	s.queue = append(s.queue, p)
-	s.mu.Unlock()
-	select {
-	case <-p.done:
-	case s.turn <- struct{}{}:
-		// Whoever had the turn before may have done it already; then this
-		// commits for others, or nothing.
-		s.commit()
-		<-s.turn
-		<-p.done
-	case <-ctx.Done():
-		if s.withdraw(p) {
-			return 0, errs.New(errs.Unavailable, "nothing was written: %w", ctx.Err())
+// write takes records to the disk in one transaction. What can't be written
+// now, because the disk is full, read-only or broken, is errs.Unavailable;
+// nothing has changed then, and a later Put works once the reason is gone.
+func (s *Store) write(plan *store.Plan, records []store.Record) error {
+	next := s.state
+	next.Revision = plan.Revision()
+	err := s.update(func(meta, resources *bbolt.Bucket) error {
+		for _, r := range records {
+			if err := next.apply(resources, r); err != nil {
+				return err
+			}
 		}
-		<-p.done
-	}
-	return p.revision, p.err
-}
-
-// withdraw takes a put back, unless it is on its way already.
-func (s *Store) withdraw(p *put) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	i := slices.Index(s.queue, p)
-	if i < 0 {
-		return false
-	}
-	s.queue = slices.Delete(s.queue, i, i+1)
-	return true
-}
-
-// commit takes all that is queued to the disk in one go, and gives each its
-// outcome. The caller has the turn.
-func (s *Store) commit() {
-	s.mu.Lock()
-	group := s.queue
-	s.queue = nil
-	s.mu.Unlock()
-	if len(group) == 0 {
-		return
-	}
-	plan, next := s.Plan(), s.state
-	err := s.broken
+		return next.write(meta)
+	})
 	if err == nil {
-		err = s.update(func(meta, resources *bbolt.Bucket) error {
-			now := time.Now()
-			for _, p := range group {
-				var records []record
-				var events []store.Event
-				if events, records, p.err = s.prepare(plan, now, p.writes); p.err != nil {
-					continue
-				}
-				for _, r := range records {
-					if err := next.apply(resources, r); err != nil {
-						return err
-					}
-				}
-				plan.Accept(events)
-				p.revision, next.Revision = plan.Revision(), plan.Revision()
-			}
-			if next.Revision == s.state.Revision {
-				return errNothing
-			}
-			return next.write(meta)
-		})
-	}
-	switch {
-	case errors.Is(err, errNothing):
-	case err != nil:
-		for _, p := range group {
-			if p.err == nil {
-				p.revision, p.err = 0, err
-			}
-		}
-	default:
 		s.state = next
-		s.Publish(plan)
 	}
-	for _, p := range group {
-		close(p.done)
-	}
+	return err
 }
-
-// errNothing ends a transaction in which there is nothing to write.
-var errNothing = errors.New("nothing to write")
 
 // update runs one transaction of the file. Its errors are for the callers of
 // Put.
@@ -356,50 +240,20 @@ func (s *Store) update(f func(meta, resources *bbolt.Bucket) error) error {
 		s.broken = errs.New(errs.Unavailable, "the store file %s can't be written any more: %w: restart the control plane, which then checks it", s.path, err)
 		return s.broken
 	})
-	if err == nil || errors.Is(err, errNothing) || errors.Is(err, s.broken) {
+	if err == nil || errors.Is(err, s.broken) {
 		return err
 	}
 	return errs.New(errs.Unavailable, "write to the store file %s: %w; nothing was changed%s", s.path, err, hint(err))
 }
 
-// prepare tells what a put changes, and how that looks in the file.
-func (s *Store) prepare(plan *store.Plan, now time.Time, writes []store.Write) ([]store.Event, []record, error) {
-	for _, w := range writes {
-		if why, ok := s.hidden[w.Key]; ok {
-			return nil, nil, errs.New(errs.Conflict, "%s is in the store file already, written in a way that this version can't read (%w): change it with the version that wrote it", w.Key, why)
-		}
-		if s.kinds[w.Key.Kind] == nil {
-			return nil, nil, errs.New(errs.Internal, "write %s: the store does not know this kind", w.Key)
-		}
-	}
-	events, err := plan.Check(now, writes)
-	if err != nil {
-		return nil, nil, err
-	}
-	records := make([]record, len(events))
-	for i, e := range events {
-		if records[i].key, err = formatKey(e.Key); err != nil {
-			return nil, nil, err
-		}
-		if e.Resource == nil {
-			continue
-		}
-		payload, err := resource.Freeze(e.Resource)
-		if err != nil {
-			return nil, nil, errs.New(errs.Internal, "write: %w", err)
-		}
-		if len(payload) > maxRecord {
-			return nil, nil, errs.New(errs.Invalid, "write %s: it has %d bytes, the limit is %d", e.Key, len(payload), maxRecord)
-		}
-		records[i].value = seal(records[i].key, payload)
-	}
-	return events, records, nil
-}
-
 // Close gives the file back. Later writes fail, and those who watch are told.
 func (s *Store) Close() error {
-	s.turn <- struct{}{}
-	defer func() { <-s.turn }()
+	var err error
+	waited := s.Exclusive(context.Background(), func() { err = s.close() })
+	return errors.Join(waited, err)
+}
+
+func (s *Store) close() error {
 	closed := errs.New(errs.Unavailable, "the control plane is stopping: store %s: %w", s.path, os.ErrClosed)
 	s.End(closed)
 	was := s.broken
@@ -476,19 +330,18 @@ func (st *state) write(meta *bbolt.Bucket) error {
 	return meta.Put(stateKey, seal(stateKey, payload))
 }
 
-// record is one change of the file; without a value, a deletion.
-type record struct{ key, value []byte }
-
 // apply makes a change in the file and keeps count.
-func (st *state) apply(resources *bbolt.Bucket, r record) error {
-	if old := resources.Get(r.key); old != nil {
+func (st *state) apply(resources *bbolt.Bucket, r store.Record) error {
+	key := formatKey(r.Key)
+	if old := resources.Get(key); old != nil {
 		st.Records--
 		st.Sum -= sumOf(old)
 	}
-	if r.value == nil {
-		return resources.Delete(r.key)
+	if r.Payload == nil {
+		return resources.Delete(key)
 	}
+	value := seal(key, r.Payload)
 	st.Records++
-	st.Sum += sumOf(r.value)
-	return resources.Put(r.key, r.value)
+	st.Sum += sumOf(value)
+	return resources.Put(key, value)
 }

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"strings"
 
-	"kuma/internal/errs"
 	"kuma/internal/resource"
 )
 
@@ -45,15 +44,9 @@ func checksum(key, payload []byte) uint64 {
 	return binary.BigEndian.Uint64(h.Sum(sum[:0]))
 }
 
-func formatKey(k resource.Key) ([]byte, error) {
-	s := k.Kind + "\x00" + k.Mesh + "\x00" + k.Name
-	if strings.Count(s, "\x00") != 2 {
-		return nil, errs.New(errs.Invalid, "write %s: a name can't have a NUL character in it", k)
-	}
-	if len(s) > maxKey {
-		return nil, errs.New(errs.Invalid, "write a %s: its mesh and name have %d bytes, the limit is %d", k.Kind, len(s), maxKey)
-	}
-	return []byte(s), nil
+// formatKey is unambiguous because no part of a key may have a NUL in it.
+func formatKey(k resource.Key) []byte {
+	return []byte(k.Kind + "\x00" + k.Mesh + "\x00" + k.Name)
 }
 
 func parseKey(b []byte) (resource.Key, error) {
