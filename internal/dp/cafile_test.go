@@ -15,7 +15,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 )
 
 func caFile(t *testing.T, text ...[]byte) string {
@@ -168,7 +167,7 @@ func TestAuthorityReplacedWhileWaiting(t *testing.T) {
 	t.Cleanup(s.Close)
 	cfg := Default()
 	cfg.Log, cfg.ControlPlane.URL = slog.New(slog.DiscardHandler), s.URL
-	ctx, stop := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, stop := context.WithTimeout(t.Context(), patience)
 	defer stop()
 	if _, err := bootstrap(ctx, &cfg, tr, new(bootstrapRequest)); err != nil {
 		t.Error(err)

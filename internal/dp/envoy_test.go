@@ -118,7 +118,7 @@ func TestRealEnvoyServesIssuedCertificate(t *testing.T) {
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(p.pem)
 	seen := func() (serial string) {
-		client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, ServerName: "127.0.0.1"}, DisableKeepAlives: true}, Timeout: time.Second}
+		client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, ServerName: "127.0.0.1"}, DisableKeepAlives: true}, Timeout: patience}
 		resp, err := client.Get(fmt.Sprintf("https://127.0.0.1:%d/", port))
 		if err != nil {
 			return ""

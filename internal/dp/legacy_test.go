@@ -12,7 +12,6 @@ import (
 	"os"
 	"strings"
 	"testing"
-	"time"
 
 	"kuma/internal/errs"
 	"kuma/internal/socket"
@@ -110,7 +109,7 @@ func TestSignpostAtTLS(t *testing.T) {
 	}()
 	cfg := Default()
 	cfg.Log, cfg.ControlPlane.URL = slog.New(slog.DiscardHandler), "http://"+l.Addr().String()
-	ctx, stop := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, stop := context.WithTimeout(t.Context(), patience)
 	defer stop()
 	if err := cfg.signpost(ctx, socket.Owner); ctx.Err() != nil || !errs.Is(err, errs.Invalid) || !strings.Contains(err.Error(), "--cp-address=https://"+l.Addr().String()) || !strings.Contains(err.Error(), "--ca-cert-file") {
 		t.Error(err)

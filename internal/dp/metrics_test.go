@@ -135,6 +135,10 @@ func (b *bench) configure(page string) {
 	b.dynamic.refresh(b.Context())
 }
 
+// ample is the time for a scrape, in seconds, where how fast it is does not
+// matter: the longest that is granted.
+const ample = "60"
+
 // scrape asks as Prometheus does.
 func (b *bench) scrape(path, accept string) (status int, contentType, body string, err error) {
 	req, err := http.NewRequestWithContext(b.Context(), http.MethodGet, "http://kuma-dp"+path, nil)
@@ -142,6 +146,7 @@ func (b *bench) scrape(path, accept string) (status int, contentType, body strin
 		return 0, "", "", err
 	}
 	req.Header.Set("Accept", accept)
+	req.Header.Set("X-Prometheus-Scrape-Timeout-Seconds", ample)
 	resp, err := b.client.Do(req)
 	if err != nil {
 		return 0, "", "", err
@@ -451,6 +456,7 @@ func TestHostileApplications(t *testing.T) {
 			}
 		}
 	}
+	const silence = "silence"
 	for _, c := range []struct {
 		name, contentType string
 		answer            func(http.ResponseWriter, *http.Request)
@@ -474,7 +480,7 @@ func TestHostileApplications(t *testing.T) {
 		{"a redirect", "text/plain", func(w http.ResponseWriter, r *http.Request) {
 			http.Redirect(w, r, "http://192.0.2.1/metrics", http.StatusFound)
 		}, "status 302"},
-		{"silence", "text/plain", func(_ http.ResponseWriter, r *http.Request) {
+		{silence, "text/plain", func(_ http.ResponseWriter, r *http.Request) {
 			select {
 			case <-release:
 			case <-r.Context().Done():
@@ -496,7 +502,10 @@ func TestHostileApplications(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			req.Header.Set("X-Prometheus-Scrape-Timeout-Seconds", "4")
+			req.Header.Set("X-Prometheus-Scrape-Timeout-Seconds", ample)
+			if c.name == silence {
+				req.Header.Set("X-Prometheus-Scrape-Timeout-Seconds", "6")
+			}
 			for range 2 {
 				resp, err := b.client.Do(req)
 				if err != nil {
@@ -545,7 +554,7 @@ func TestMetricsMemory(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	req.Header.Set("X-Prometheus-Scrape-Timeout-Seconds", "60") // a busy machine is not what is tried here
+	req.Header.Set("X-Prometheus-Scrape-Timeout-Seconds", ample)
 	resp, err := b.client.Do(req)
 	if err != nil {
 		t.Fatal(err)
