@@ -130,7 +130,7 @@ func TestAuthorityInTheStore(t *testing.T) {
 	}
 	rotator := pki.NewRotator(pki.RotatorConfig{Certs: certs})
 	for n, order := range []pki.Order{pki.OrderPrepare, pki.OrderDistribute} {
-		if err := rotator.Do(order, false); err != nil {
+		if _, err := rotator.Do(order, false); err != nil {
 			t.Fatal(err)
 		}
 		put(other.text, http.StatusOK)
@@ -193,5 +193,38 @@ func TestNothingToRotate(t *testing.T) {
 	}
 	if v := proxy.View(); v.Revision != 0 || len(v.Bundle) > 0 {
 		t.Errorf("it was told %+v", v)
+	}
+}
+
+// Whom a step by force cuts off is in its answer, and in the log.
+func TestWhoIsCutOff(t *testing.T) {
+	cfg := config(t)
+	cfg.DPServer.Authn.DPProxy.Type = auth.ProxyNone
+	_, log := runLogged(t, cfg)
+	meshed(t, cfg)
+	ca, err := os.ReadFile(filepath.Join(cfg.General.WorkDir, pki.CAFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxy := cptest.NewLinkProxy(cptest.LinkConfig{
+		Address: fmt.Sprintf("127.0.0.1:%d", cfg.DPServer.Port), CA: ca, Mesh: "default", Name: "web", Dataplane: cptest.Dataplane("default", "web", "web"),
+	})
+	defer proxy.Close()
+	if err := proxy.Connect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	proxy.Deaf(true)
+	for _, step := range []string{"prepare", "distribute", "switch", "retire"} {
+		status, body := call(t, cfg, "POST", "/ca/control-plane/rotation", `{"step":"`+step+`","force":true}`)
+		var answer struct{ CutOff []struct{ Mesh, Name, Reason string } }
+		if err := json.Unmarshal(body, &answer); err != nil || status != http.StatusOK {
+			t.Fatalf("%s: %d %s, %v", step, status, body, err)
+		}
+		if n := len(answer.CutOff); step != "retire" && n != 0 || step == "retire" && (n != 1 || answer.CutOff[0].Name != "web" || answer.CutOff[0].Reason == "") {
+			t.Errorf("%s: %s", step, body)
+		}
+	}
+	if said := log.String(); strings.Count(said, "can't connect anew") != 1 || !strings.Contains(said, "proxies=[default/web]") {
+		t.Errorf("the log says %s", said)
 	}
 }

@@ -251,11 +251,16 @@ func rotationProxies(list []pki.Recipient) []rest.RotationProxy {
 
 // Rotate takes a step.
 func (r rotation) Rotate(ctx context.Context, step string, force bool) (rest.Rotation, error) {
-	if err := r.rotator.Do(pki.Order(step), force); err != nil {
+	cutOff, err := r.rotator.Do(pki.Order(step), force)
+	if err != nil {
 		if _, is := errors.AsType[syscall.Errno](err); is { // a disk that is full or read-only: the caller, an administrator, can mend it
 			err = errs.New(errs.Unavailable, "%w; mend that, see kumactl ca rotate control-plane --status, and ask again", err)
 		}
 		return rest.Rotation{}, err
 	}
-	return r.RotationStatus(ctx)
+	out, err := r.RotationStatus(ctx)
+	if len(cutOff) > 0 {
+		out.CutOff = rotationProxies(cutOff)
+	}
+	return out, err
 }

@@ -56,7 +56,7 @@ func TestSharedAuthority(t *testing.T) {
 		t.Error("both have made the authority, or none")
 	}
 	for n, order := range []pki.Order{pki.OrderPrepare, pki.OrderDistribute, pki.OrderSwitch, pki.OrderRetire} {
-		if err := pki.NewRotator(pki.RotatorConfig{Certs: certs[n%2]}).Do(order, false); err != nil {
+		if _, err := pki.NewRotator(pki.RotatorConfig{Certs: certs[n%2]}).Do(order, false); err != nil {
 			t.Fatal(err)
 		}
 		if err := certs[1-n%2].Refresh(); err != nil {
@@ -67,7 +67,9 @@ func TestSharedAuthority(t *testing.T) {
 	// Both at once: one of them wins, the other one is told.
 	var failures [2]error
 	for i := range certs {
-		wg.Go(func() { failures[i] = pki.NewRotator(pki.RotatorConfig{Certs: certs[i]}).Do(pki.OrderPrepare, false) })
+		wg.Go(func() {
+			_, failures[i] = pki.NewRotator(pki.RotatorConfig{Certs: certs[i]}).Do(pki.OrderPrepare, false)
+		})
 	}
 	wg.Wait()
 	if (failures[0] == nil) == (failures[1] == nil) || failures[0] != nil && !errs.Is(failures[0], errs.Conflict) || failures[1] != nil && !errs.Is(failures[1], errs.Conflict) {

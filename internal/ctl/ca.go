@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -33,6 +34,8 @@ type rotation struct {
 		NotBefore, NotAfter   time.Time
 	}
 	Acknowledged, Pending []rotationProxy
+	// CutOff are whom the step that was asked for has cut off.
+	CutOff []rotationProxy
 }
 
 type rotationProxy struct {
@@ -84,7 +87,7 @@ stopped. Until it is retired, --abort restores the old authority.`,
 			}
 			switch {
 			case step != "" && !slices.Contains(steps, step):
-				return errs.New(errs.Invalid, "--step %q: must be one of %s%s", step, strings.Join(steps, ", "), suggestion(step, steps))
+				return errs.New(errs.Invalid, "--step %q is not a step of the rotation%s", step, suggestion(step, steps))
 			case timeout < 0:
 				return errs.New(errs.Invalid, "--timeout must not be negative")
 			case output != "table" && !status:
@@ -175,11 +178,22 @@ func (a *app) tookStep(r rotation) error {
 	case "prepared":
 		return a.print("prepared: the next authority is %s (serial %s, until %s); %s holds both: give it to clients\n%s", last.Subject, last.Serial, last.NotAfter.UTC().Format(time.DateOnly), r.File, r.note())
 	case "distributed":
-		return a.print("distributed: %d proxies are being sent both authorities\n", len(r.Acknowledged)+len(r.Pending))
+		return a.print("distributed: both authorities are being sent to %s\n", counted(len(r.Acknowledged)+len(r.Pending), "proxy", "proxies"))
 	case "switched":
+		if len(r.CutOff) > 0 {
+			return a.print("switched: the control plane shows a certificate of %s\n%s%s", last.Subject, r.cutOff(), r.afterwards())
+		}
 		return a.print("switched: the control plane shows a certificate of %s; who knows only the old authority verifies it still\n%s", last.Subject, r.afterwards())
 	}
-	return a.print("retired: the control plane's authority is %s alone; %s holds it: give it to clients\n", last.Subject, r.File)
+	return a.print("retired: the control plane's authority is %s alone; %s holds it: give it to clients\n%s", last.Subject, r.File, r.cutOff())
+}
+
+// cutOff names the proxies that a step has cut off.
+func (r rotation) cutOff() string {
+	if len(r.CutOff) == 0 {
+		return ""
+	}
+	return fmt.Sprintf("cut off: %s can't connect anew until given the new %s: %s\n", counted(len(r.CutOff), "proxy", "proxies"), filepath.Base(r.File), listProxies(r.CutOff, 20))
 }
 
 // note is the control plane's note on a line of its own.
@@ -201,15 +215,15 @@ func (r rotation) afterwards() string {
 		fmt.Fprintf(&b, "the old authority is retired by itself after %s, when all proxies have acknowledged the new one; to have it now: kumactl ca rotate control-plane --step retire\n", r.RetireAfter.UTC().Format(time.DateOnly))
 	}
 	if len(r.Pending) > 0 {
-		fmt.Fprintf(&b, "not yet acknowledged by %s\n", listProxies(r.Pending))
+		fmt.Fprintf(&b, "not yet acknowledged by %s\n", listProxies(r.Pending, 10))
 	}
 	return b.String()
 }
 
-// listProxies names proxies, a few of them with their reasons.
-func listProxies(proxies []rotationProxy) string {
+// listProxies names proxies, so many at most, with their reasons.
+func listProxies(proxies []rotationProxy, most int) string {
 	var out []string
-	for _, p := range proxies[:min(len(proxies), 10)] {
+	for _, p := range proxies[:min(len(proxies), most)] {
 		out = append(out, fmt.Sprintf("%s in mesh %s (%s)", p.Name, p.Mesh, p.Reason))
 	}
 	if more := len(proxies) - len(out); more > 0 {
@@ -280,14 +294,14 @@ func (a *app) awaitProxies(ctx context.Context, c *client, timeout time.Duration
 			}
 		}
 		if len(waits) == 0 && !settling {
-			return a.print("acknowledged by all %d proxies that have a link\n", len(r.Acknowledged))
+			return a.print("acknowledged by all that have a link: %s\n", counted(len(r.Acknowledged), "proxy", "proxies"))
 		}
 		if len(waits) != told {
 			told = len(waits)
 			if told == 0 {
 				continue
 			}
-			if err := a.print("waiting for %d proxies to acknowledge: %s\n", told, listProxies(waits)); err != nil {
+			if err := a.print("waiting for %s to acknowledge: %s\n", counted(told, "proxy", "proxies"), listProxies(waits, 10)); err != nil {
 				return err
 			}
 		}
@@ -295,7 +309,7 @@ func (a *app) awaitProxies(ctx context.Context, c *client, timeout time.Duration
 			return errs.New(errs.Unavailable, "the control plane waits until %s for proxies to come back, longer than %s; run the same command again to go on waiting, with --force to go on without them, or with --abort to go back", r.Settles.UTC().Format(time.RFC3339), timeout)
 		}
 		if a.now().After(deadline) {
-			return errs.New(errs.Unavailable, "%d proxies have not acknowledged within %s: %s; run the same command again to go on waiting, with --force to go on without them, or with --abort to go back", told, timeout, listProxies(waits))
+			return errs.New(errs.Unavailable, "not acknowledged within %s by %s: %s; run the same command again to go on waiting, with --force to go on without them, or with --abort to go back", timeout, counted(told, "proxy", "proxies"), listProxies(waits, 10))
 		}
 		select {
 		case <-time.After(rotationPoll):

@@ -39,6 +39,13 @@ func (c *rotating) answer() string {
 	if len(c.orders) > 0 && c.orders[len(c.orders)-1] == "abort" {
 		retire = `"held":"2035-06-01T00:00:00Z",`
 	}
+	if len(c.orders) > 0 && c.orders[len(c.orders)-1] == "retire!" {
+		var all []string
+		for i := range 23 {
+			all = append(all, fmt.Sprintf(`{"mesh":"m","name":"p%d","reason":"it sleeps"}`, i))
+		}
+		retire = `"cutOff":[` + strings.Join(all, ",") + `],`
+	}
 	if c.step == "switched" {
 		retire += `"retireAfter":"` + c.retire + `",`
 	}
@@ -91,21 +98,22 @@ func TestRotateControlPlane(t *testing.T) {
 		orders             []string
 		want               []string
 	}{
-		{"from the start", "steady", future, 0, nil, 0, []string{"prepare", "distribute", "switch"}, []string{"prepared:", "/w/kuma-cp.crt holds both", "acknowledged by all 1 proxies", "switched:", "retired by itself after 2090-01-01"}},
+		{"from the start", "steady", future, 0, nil, 0, []string{"prepare", "distribute", "switch"}, []string{"prepared:", "/w/kuma-cp.crt holds both", "distributed: both authorities are being sent to 1 proxy\n", "acknowledged by all that have a link: 1 proxy\n", "switched:", "retired by itself after 2090-01-01"}},
 		{"goes on", "distributed", future, 0, nil, 0, []string{"switch"}, []string{"the rotation is distributed", "switched:"}},
-		{"waits", "distributed", future, 2, nil, 0, []string{"switch"}, []string{"waiting for 1 proxies to acknowledge: web in mesh default (it sleeps)", "acknowledged by all"}},
-		{"waits no longer", "distributed", future, 1000, []string{"--timeout", "0s"}, 1, nil, []string{"1 proxies have not acknowledged within 0s: web in mesh default (it sleeps)", "run the same command again", "--abort"}},
+		{"waits", "distributed", future, 2, nil, 0, []string{"switch"}, []string{"waiting for 1 proxy to acknowledge: web in mesh default (it sleeps)", "acknowledged by all"}},
+		{"waits no longer", "distributed", future, 1000, []string{"--timeout", "0s"}, 1, nil, []string{"not acknowledged within 0s by 1 proxy: web in mesh default (it sleeps)", "run the same command again", "--abort"}},
 		{"does not wait", "distributed", future, 1000, []string{"--force"}, 0, []string{"switch!"}, []string{"switched:", "not yet acknowledged by web"}},
 		{"too early to retire", "switched", future, 0, nil, 0, nil, []string{"retired by itself after 2090-01-01", "--step retire"}},
 		{"time to retire", "switched", past, 0, nil, 0, []string{"retire"}, []string{"retired:", "/w/kuma-cp.crt holds it"}},
 		{"one step", "steady", future, 0, []string{"--step", "prepare"}, 0, []string{"prepare"}, []string{"prepared:", "clients\ngive it to all\n"}},
-		{"one step by force", "switched", future, 0, []string{"--step", "retire", "--force"}, 0, []string{"retire!"}, []string{"retired:"}},
+		{"one step by force", "switched", future, 0, []string{"--step", "retire", "--force"}, 0, []string{"retire!"}, []string{"retired:", "holds it: give it to clients\ncut off: 23 proxies can't connect anew until given the new kuma-cp.crt: p0 in mesh m (it sleeps); p1 in", "p19 in mesh m (it sleeps); and 3 more\n"}},
 		{"not its turn", "steady", future, 0, []string{"--step", "retire"}, 1, []string{"retire"}, []string{"it is not the turn of retire"}},
 		{"abort", "prepared", future, 0, []string{"--abort"}, 0, []string{"abort"}, []string{"aborted:", "CN=one", "ends at 2036-01-01", "begins by itself after 2035-06-01"}},
 		{"status", "distributed", future, 1, []string{"--status"}, 0, nil, []string{"distributed, since 2026-01-01", "next: switch", "CN=one", "2036-01-01", "it sleeps"}},
 		{"status, steady", "steady", future, 0, []string{"--status"}, 0, nil, []string{"steady: nothing is being rotated; next: prepare\n", "yes"}},
 		{"status as JSON", "steady", future, 0, []string{"--status", "-o", "json"}, 0, nil, []string{`"file": "/w/kuma-cp.crt"`}},
-		{"unknown step", "steady", future, 0, []string{"--step", "swich"}, 1, nil, []string{`did you mean "switch"?`}},
+		{"unknown step", "steady", future, 0, []string{"--step", "swich"}, 1, nil, []string{`--step "swich" is not a step of the rotation; did you mean "switch"?`}},
+		{"a word that is no step", "steady", future, 0, []string{"--step", "bogus"}, 1, nil, []string{"--step \"bogus\" is not a step of the rotation; known: prepare, distribute, switch, retire, next\n"}},
 		{"two things at once", "steady", future, 0, []string{"--abort", "--step", "prepare"}, 1, nil, []string{"none of the others can be"}},
 		{"output of nothing", "steady", future, 0, []string{"-o", "yaml"}, 1, nil, []string{"--output needs --status"}},
 		{"waits after a start", "distributed", future, 0, nil, 0, []string{"switch"}, []string{"proxies have until 2090-01-01T00:00:00Z to come back", "acknowledged by all", "switched:"}},

@@ -84,3 +84,11 @@ func onOff(b bool) string {
 	}
 	return "off"
 }
+
+// counted is a number with what is counted.
+func counted(n int, one, many string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return strconv.Itoa(n) + " " + many
+}

@@ -73,8 +73,9 @@ const (
 	// holdAfterAbort is how long after an abort no rotation begins by itself; less
 	// where the authority ends sooner than in twice this time.
 	holdAfterAbort = 30 * 24 * time.Hour
-	// maxNamed bounds how many proxies an error names.
-	maxNamed = 10
+	// maxNamed bounds how many proxies an error names, maxCutOff how many the log
+	// names that are cut off.
+	maxNamed, maxCutOff = 10, 20
 )
 
 // Recipient is a proxy that is here, as far as a rotation wants to know.
@@ -230,19 +231,20 @@ func (r *Rotator) own() error {
 	return errs.New(errs.Conflict, "there is nothing to rotate: the control plane shows the certificate of KUMA_GENERAL_TLS_CERT_FILE (%s), which you replace by putting another file there; unset it and KUMA_GENERAL_TLS_KEY_FILE to have an authority of the control plane's own", r.cfg.Certs.config.CertFile)
 }
 
-// Do carries an order out. Errors: Invalid for an unknown order; Conflict where
+// Do carries an order out. It returns the proxies that the order cut off: those
+// that can't connect anew until they are given the new authority, since it was
+// carried out by force, or after the old authority's end. Errors: Invalid for an unknown order; Conflict where
 // there is nothing to rotate, where it is not this one's turn, or where proxies
-// would lose their trust, which are named then, which Force does all the same:
-// these proxies can't connect anew until they are given the new authority;
+// would lose their trust, which are named then, which Force does all the same;
 // Unavailable where the step was taken and is kept, but what follows from it could
 // not be written yet.
-func (r *Rotator) Do(order Order, force bool) error {
+func (r *Rotator) Do(order Order, force bool) (cutOff []Recipient, err error) {
 	return r.do(order, force, false)
 }
 
-func (r *Rotator) do(order Order, force, automatic bool) error {
+func (r *Rotator) do(order Order, force, automatic bool) (cutOff []Recipient, err error) {
 	if err := r.own(); err != nil {
-		return err
+		return nil, err
 	}
 	c := r.cfg.Certs
 	c.mu.Lock()
@@ -254,14 +256,14 @@ func (r *Rotator) do(order Order, force, automatic bool) error {
 	switch order {
 	case OrderPrepare, OrderDistribute, OrderSwitch, OrderRetire, OrderAbort:
 	default:
-		return errs.New(errs.Invalid, "the step %q is not known; use prepare, distribute, switch, retire, abort or next", order)
+		return nil, errs.New(errs.Invalid, "the step %q is not known; use prepare, distribute, switch, retire, abort or next", order)
 	}
 	if order == OrderAbort {
 		if old.Step == StepSteady {
-			return errs.New(errs.Conflict, "there is nothing to abort: no rotation is going on")
+			return nil, errs.New(errs.Conflict, "there is nothing to abort: no rotation is going on")
 		}
 	} else if turn := old.Step.follows(); order != turn {
-		return errs.New(errs.Conflict, "it is not the turn of %s: the rotation is %s, and %s comes next (or abort)", order, old.Step, turn)
+		return nil, errs.New(errs.Conflict, "it is not the turn of %s: the rotation is %s, and %s comes next (or abort)", order, old.Step, turn)
 	}
 	now := time.Now()
 	lost := now.After(old.current.cert.NotAfter) // then nobody trusts it any more
@@ -271,27 +273,27 @@ func (r *Rotator) do(order Order, force, automatic bool) error {
 	case OrderPrepare:
 		a, err := newAuthority()
 		if err != nil {
-			return err
+			return nil, err
 		}
 		next.Step, next.Automatic, next.Held, next.next, next.cross = StepPrepared, automatic, time.Time{}, &a, nil
 		if !lost {
 			if next.cross, err = old.current.crossSign(a, now); err != nil {
-				return err
+				return nil, err
 			}
 		}
 	case OrderDistribute:
 		next.Step = StepDistributed
 	case OrderSwitch:
 		if from := old.next.cert.NotBefore; now.Before(from) {
-			return errs.New(errs.Conflict, "the next authority is not valid before %s, since it was made by a clock that was ahead; set this machine's clock right, or abort and prepare another one", from.UTC().Format(time.RFC3339))
+			return nil, errs.New(errs.Conflict, "the next authority is not valid before %s, since it was made by a clock that was ahead; set this machine's clock right, or abort and prepare another one", from.UTC().Format(time.RFC3339))
 		}
 		if err := r.told(order, func(p Recipient) bool { return p.Link || old.cross == nil }); err != nil && !force && !lost {
-			return err
+			return nil, err
 		}
 		next.Step = StepSwitched
 	case OrderRetire:
 		if err := r.told(order, func(Recipient) bool { return true }); err != nil && !force && !lost {
-			return err
+			return nil, err
 		}
 		next = authorities{Step: StepSteady, Since: now, current: *old.next, retired: old.current.kept()}
 	case OrderAbort:
@@ -300,15 +302,29 @@ func (r *Rotator) do(order Order, force, automatic bool) error {
 			next.Held = now.Add(min(holdAfterAbort, end.Sub(now)/2)).Truncate(time.Second)
 		}
 	}
+	if order == OrderRetire || order == OrderSwitch && old.cross == nil {
+		s, err := r.Status()
+		if err != nil {
+			return nil, err
+		}
+		cutOff = s.Pending
+	}
 	taken, err := c.keep(next)
 	if !taken {
-		return err
+		return nil, err
 	}
 	r.cfg.Log.Info("the rotation of the control plane's authority has come on", "order", string(order), "step", string(next.Step), "force", force, "automatic", automatic)
-	if err != nil {
-		return errs.New(errs.Unavailable, "the step %s was taken, but %w", order, err)
+	if len(cutOff) > 0 {
+		var names []string
+		for _, p := range cutOff[:min(len(cutOff), maxCutOff)] {
+			names = append(names, p.Mesh+"/"+p.Name)
+		}
+		r.cfg.Log.Warn("proxies that have not acknowledged the control plane's new authority can't connect anew until they are given kuma-cp.crt", "order", string(order), "proxies", names, "more", len(cutOff)-len(names))
 	}
-	return nil
+	if err != nil {
+		return cutOff, errs.New(errs.Unavailable, "the step %s was taken, but %w", order, err)
+	}
+	return cutOff, nil
 }
 
 // told is an error that names the proxies of a choice that have not taken in
@@ -331,11 +347,15 @@ func (r *Rotator) told(order Order, choice func(Recipient) bool) error {
 		return nil
 	}
 	total, more := len(names), ""
+	who := fmt.Sprintf("%d proxies", total)
+	if total == 1 {
+		who = "1 proxy"
+	}
 	if n := total - maxNamed; n > 0 {
 		names, more = names[:maxNamed], fmt.Sprintf("; and %d more", n)
 	}
-	what := map[Order]string{OrderSwitch: "would be shown a certificate of an authority that they were not told of", OrderRetire: "would no longer trust the control plane when they connect anew"}[order]
-	return errs.New(errs.Conflict, "%d proxies %s: %s%s; wait for them, start them anew, or force it", total, what, strings.Join(names, "; "), more)
+	what := map[Order]string{OrderSwitch: "would be shown a certificate of an unknown authority", OrderRetire: "would not trust the control plane at the next connection"}[order]
+	return errs.New(errs.Conflict, "%s %s: %s%s; wait for them, start them anew, or force it", who, what, strings.Join(names, "; "), more)
 }
 
 // Run begins a rotation when the authority's life comes to its end, carries on
@@ -400,7 +420,7 @@ func (r *Rotator) tend(lost bool) error {
 		// by a clock that was far ahead.
 		order = OrderAbort
 	}
-	err := r.do(order, false, true)
+	_, err := r.do(order, false, true)
 	if err == nil && (order == OrderAbort || s.Step == StepSteady || s.Step == StepPrepared) {
 		return r.tend(lost)
 	}

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -170,7 +171,7 @@ func originalPair(t *testing.T) (cert, key []byte) {
 
 func do(t *testing.T, r *pki.Rotator, order pki.Order) {
 	t.Helper()
-	if err := r.Do(order, false); err != nil {
+	if _, err := r.Do(order, false); err != nil {
 		t.Fatalf("%s: %v", order, err)
 	}
 }
@@ -295,7 +296,7 @@ func TestAbort(t *testing.T) {
 					}
 					cp = open(t, cfg)
 				}
-				if err := pki.NewRotator(pki.RotatorConfig{Certs: cp}).Do(pki.OrderAbort, true); !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), "nothing to abort") {
+				if _, err := pki.NewRotator(pki.RotatorConfig{Certs: cp}).Do(pki.OrderAbort, true); !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), "nothing to abort") {
 					t.Errorf("a second time: %v", err)
 				}
 				do(t, pki.NewRotator(pki.RotatorConfig{Certs: cp}), pki.OrderPrepare) // and it can begin anew
@@ -392,18 +393,19 @@ func ending(t *testing.T, text string, retire bool) []byte {
 func TestRotationWaitsForProxies(t *testing.T) {
 	f := &fleet{}
 	cp := open(t, pki.ControlPlaneConfig{Dir: t.TempDir()})
-	r := pki.NewRotator(pki.RotatorConfig{Certs: cp, Recipients: f.recipients})
+	log := new(journal)
+	r := pki.NewRotator(pki.RotatorConfig{Certs: cp, Recipients: f.recipients, Log: slog.New(slog.NewTextHandler(log, nil))})
 	_, start := cp.Trust()
 	for _, o := range []pki.Order{pki.OrderDistribute, pki.OrderSwitch, pki.OrderRetire} {
-		if err := r.Do(o, true); !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), "prepare comes next") {
+		if _, err := r.Do(o, true); !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), "prepare comes next") {
 			t.Errorf("%s before its turn: %v", o, err)
 		}
 	}
-	if err := r.Do("prepar", false); !errs.Is(err, errs.Invalid) {
+	if _, err := r.Do("prepar", false); !errs.Is(err, errs.Invalid) {
 		t.Errorf("unknown order: %v", err)
 	}
 	do(t, r, pki.OrderPrepare)
-	if err := r.Do(pki.OrderPrepare, true); !errs.Is(err, errs.Conflict) {
+	if _, err := r.Do(pki.OrderPrepare, true); !errs.Is(err, errs.Conflict) {
 		t.Errorf("a second preparation: %v", err)
 	}
 	do(t, r, pki.OrderNext)
@@ -416,7 +418,7 @@ func TestRotationWaitsForProxies(t *testing.T) {
 	}
 	linkless := pki.Recipient{Mesh: "m", Name: "d"}
 	f.set(linked("b", both), linked("a", start), linkless)
-	err := r.Do(pki.OrderSwitch, false)
+	_, err := r.Do(pki.OrderSwitch, false)
 	if !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), "a in mesh m") || strings.Contains(err.Error(), "b in mesh") || strings.Contains(err.Error(), "d in mesh") {
 		t.Errorf("switch before all know: %v", err)
 	}
@@ -430,7 +432,7 @@ func TestRotationWaitsForProxies(t *testing.T) {
 	if s.RetireAfter.Sub(s.Since) != pki.RetireAfter || s.Anchors[0].Role != "old" || s.Anchors[1].Role != "present" {
 		t.Errorf("status %+v", s)
 	}
-	err = r.Do(pki.OrderRetire, false)
+	_, err = r.Do(pki.OrderRetire, false)
 	if !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), "d in mesh m (it has no link") {
 		t.Errorf("retirement while one has no link: %v", err)
 	}
@@ -439,13 +441,47 @@ func TestRotationWaitsForProxies(t *testing.T) {
 		many = append(many, linked(fmt.Sprintf("p%02d", i), 0))
 	}
 	f.set(many...)
-	if err := r.Do(pki.OrderRetire, false); err == nil || !strings.HasPrefix(err.Error(), "30 proxies") || !strings.Contains(err.Error(), "and 20 more") || len(err.Error()) > 2000 {
+	if _, err := r.Do(pki.OrderRetire, false); err == nil || !strings.HasPrefix(err.Error(), "30 proxies") || !strings.Contains(err.Error(), "and 20 more") || len(err.Error()) > 2000 {
 		t.Errorf("many proxies: %v", err)
 	}
 	f.set(linkless)
-	if err := r.Do(pki.OrderRetire, true); err != nil {
-		t.Errorf("by force: %v", err)
+	if _, err := r.Do(pki.OrderRetire, false); err == nil || !strings.HasPrefix(err.Error(), "1 proxy would not trust") {
+		t.Errorf("one proxy: %v", err)
 	}
+	f.set(append(many, linkless, linked("told", both))...)
+	cutOff, err := r.Do(pki.OrderRetire, true)
+	if err != nil || len(cutOff) != 31 || cutOff[0].Name != "d" || cutOff[30].Name != "p29" || cutOff[0].Why == "" {
+		t.Errorf("by force: %v, cut off are %v", err, cutOff)
+	}
+	said := log.lines("can't connect anew")
+	if len(said) != 1 || !strings.Contains(said[0], "level=WARN") || !strings.Contains(said[0], "m/d m/p00 ") || !strings.Contains(said[0], "m/p18]") || !strings.Contains(said[0], "more=11") {
+		t.Errorf("the log says %q", said)
+	}
+}
+
+// Who was never told, since the old authority had ended before the new one was
+// made, is cut off by the switch already; nobody is by an order that hurts nobody.
+func TestWhoIsCutOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := new(fleet)
+		cp := open(t, pki.ControlPlaneConfig{Dir: t.TempDir()})
+		r := pki.NewRotator(pki.RotatorConfig{Certs: cp, Recipients: f.recipients})
+		f.set(pki.Recipient{Mesh: "m", Name: "deaf", Link: true})
+		for _, lost := range []bool{false, true} {
+			if lost {
+				time.Sleep(11 * pki.Year)
+			}
+			for _, o := range []pki.Order{pki.OrderPrepare, pki.OrderDistribute, pki.OrderSwitch, pki.OrderRetire} {
+				want := 0
+				if o == pki.OrderRetire || o == pki.OrderSwitch && lost {
+					want = 1
+				}
+				if cutOff, err := r.Do(o, true); err != nil && (!lost || !errs.Is(err, errs.Unavailable)) || len(cutOff) != want {
+					t.Errorf("%s, lost %v: %v, %v", o, lost, cutOff, err)
+				}
+			}
+		}
+	})
 }
 
 func TestNothingToRotate(t *testing.T) {
@@ -453,7 +489,7 @@ func TestNothingToRotate(t *testing.T) {
 	open(t, pki.ControlPlaneConfig{Dir: dir})
 	cp := open(t, pki.ControlPlaneConfig{CertFile: filepath.Join(dir, pki.ServerFile), KeyFile: filepath.Join(dir, pki.ServerKeyFile)})
 	r := pki.NewRotator(pki.RotatorConfig{Certs: cp})
-	if err := r.Do(pki.OrderPrepare, true); !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), "KUMA_GENERAL_TLS_CERT_FILE") {
+	if _, err := r.Do(pki.OrderPrepare, true); !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), "KUMA_GENERAL_TLS_CERT_FILE") {
 		t.Errorf("prepare: %v", err)
 	}
 	if _, err := r.Status(); err == nil {
@@ -495,7 +531,7 @@ func TestSharedAuthority(t *testing.T) {
 	old := trusting(one.CA())
 	do(t, r1, pki.OrderPrepare)
 	// Who does not know yet can't undo it.
-	if err := r2.Do(pki.OrderPrepare, false); !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), "another control plane has changed the authority") {
+	if _, err := r2.Do(pki.OrderPrepare, false); !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), "another control plane has changed the authority") {
 		t.Errorf("a second preparation: %v", err)
 	}
 	if string(one.CA()) != string(two.CA()) || count(two.CA()) != 2 {
@@ -550,7 +586,7 @@ func TestSharedAuthority(t *testing.T) {
 	})
 	t.Run("a store that fails", func(t *testing.T) {
 		v.fail = errs.New(errs.Unavailable, "no store")
-		if err := r1.Do(pki.OrderPrepare, false); !errs.Is(err, errs.Unavailable) {
+		if _, err := r1.Do(pki.OrderPrepare, false); !errs.Is(err, errs.Unavailable) {
 			t.Errorf("prepare: %v", err)
 		}
 		if status(t, r1).Step != pki.StepSteady {
@@ -992,7 +1028,7 @@ func TestRotationWaitsAfterStart(t *testing.T) {
 		}
 		refused := func(r *pki.Rotator, order pki.Order) {
 			t.Helper()
-			if err := r.Do(order, false); !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), "started a moment ago") {
+			if _, err := r.Do(order, false); !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), "started a moment ago") {
 				t.Errorf("%s just after a start: %v", order, err)
 			}
 		}
@@ -1039,7 +1075,7 @@ func TestRotationWaitsAfterStart(t *testing.T) {
 		// By force it goes at once.
 		r = start()
 		for _, o := range orders {
-			if err := r.Do(o, true); err != nil {
+			if _, err := r.Do(o, true); err != nil {
 				t.Error(err)
 			}
 		}
@@ -1135,7 +1171,7 @@ func TestRotationMadeTooEarly(t *testing.T) {
 		save(t, file, text)
 		cp = open(t, cfg)
 		r := pki.NewRotator(pki.RotatorConfig{Certs: cp})
-		if err := r.Do(pki.OrderSwitch, true); !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), "not valid before") {
+		if _, err := r.Do(pki.OrderSwitch, true); !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), "not valid before") {
 			t.Errorf("switched to an authority of the future: %v", err)
 		}
 		ctx, cancel := context.WithCancel(t.Context())
@@ -1286,7 +1322,7 @@ func TestStepTakenBut(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := pki.NewRotator(pki.RotatorConfig{Certs: cp})
-	if err := r.Do(pki.OrderPrepare, false); !errs.Is(err, errs.Unavailable) || !strings.Contains(err.Error(), "the step prepare was taken, but ") || !strings.Contains(err.Error(), pki.CAFile) {
+	if _, err := r.Do(pki.OrderPrepare, false); !errs.Is(err, errs.Unavailable) || !strings.Contains(err.Error(), "the step prepare was taken, but ") || !strings.Contains(err.Error(), pki.CAFile) {
 		t.Errorf("error %v", err)
 	}
 	if s := status(t, r); s.Step != pki.StepPrepared {
@@ -1322,7 +1358,7 @@ func TestRotateFromPlainCertificate(t *testing.T) {
 				cp := open(t, cfg)
 				r := pki.NewRotator(pki.RotatorConfig{Certs: cp, Recipients: f.recipients})
 				if i == 2 {
-					if err := r.Do(order, false); !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), "linkless in mesh m") {
+					if _, err := r.Do(order, false); !errs.Is(err, errs.Conflict) || !strings.Contains(err.Error(), "linkless in mesh m") {
 						t.Errorf("switched under a proxy that verifies neither: %v", err)
 					}
 					f.set()

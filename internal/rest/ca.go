@@ -54,6 +54,10 @@ type Rotation struct {
 	// Acknowledged are the proxies that have it, Pending those that have not.
 	Acknowledged []RotationProxy `json:"acknowledged"`
 	Pending      []RotationProxy `json:"pending"`
+	// CutOff are those that can't connect anew until they are given the new
+	// authority, since this step was taken by force, or after the old authority's
+	// end; only in the answer to that step.
+	CutOff []RotationProxy `json:"cutOff,omitempty"`
 }
 
 // RotationAnchor is an authority.

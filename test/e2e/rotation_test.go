@@ -151,7 +151,7 @@ func TestRotationUnderLoad(t *testing.T) {
 	}
 	links[0].Deaf(false)
 	r.must(links[0].Connect(r.ctx))
-	if said := kumactl(); !strings.Contains(said, "going on") || !strings.Contains(said, "acknowledged by all 100 proxies") || !strings.Contains(said, "switched:") {
+	if said := kumactl(); !strings.Contains(said, "going on") || !strings.Contains(said, "acknowledged by all that have a link: 100 proxies") || !strings.Contains(said, "switched:") {
 		t.Errorf("the rotation says %q", said)
 	}
 	// Who was off all the while has the old authority alone.
