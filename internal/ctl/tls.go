@@ -121,7 +121,7 @@ func (a *app) tlsReport(ctx context.Context, meshName, output string, check bool
 		}
 	}
 	if bad > 0 {
-		return errs.New(errs.Invalid, "%d findings are not as they should be", bad)
+		return errs.New(errs.Invalid, "%s", counted(bad, "finding is not as it should be", "findings are not as they should be"))
 	}
 	return nil
 }

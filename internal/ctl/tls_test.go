@@ -50,7 +50,7 @@ note       it is weak   a, b and 3 more   strengthen it
 `, "")
 	m.run("tls", "report", "--check").want(t, 0, "…note", "")
 	m.run("tls", "report", "-m", "m").want(t, 0, "…warning", "")
-	m.run("tls", "report", "-m", "m", "--check").want(t, 1, "…warning", "Error: 1 findings are not as they should be\n")
+	m.run("tls", "report", "-m", "m", "--check").want(t, 1, "…warning", "Error: 1 finding is not as it should be\n")
 	m.run("tls", "report", "-m", "m", "-o", "yaml", "--check").want(t, 1, "…severity: warning", "…")
 	m.run("tls", "report", "-o", "json").want(t, 0, `…"group": "X25519MLKEM768"`, "")
 	for args, want := range map[string]string{
