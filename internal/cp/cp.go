@@ -564,21 +564,26 @@ func (c *ControlPlane) Run(ctx context.Context) error {
 	return err
 }
 
-// run serves until ctx ends.
+// run serves until ctx ends and what is being answered then is answered, for
+// which there are two seconds.
 func (s server) run(ctx context.Context) error {
+	ended := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
+		defer close(ended)
 		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 		defer cancel()
 		if s.Shutdown(grace) != nil {
 			_ = s.Server.Close()
 		}
 	})
-	defer stop()
 	var err error
 	if s.tls {
 		err = s.ServeTLS(s.Listener, "", "")
 	} else {
 		err = s.Serve(s.Listener)
+	}
+	if !stop() {
+		<-ended // Serve returns as soon as the end begins
 	}
 	if errors.Is(err, http.ErrServerClosed) || errors.Is(err, net.ErrClosed) {
 		return nil
