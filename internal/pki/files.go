@@ -244,8 +244,11 @@ func (w *watched) look() {
 	use()
 	w.seen, w.hash, w.bad, w.told, w.noted, w.aging = seen, hash, 0, "", nil, 0
 	w.files.taken.Add(1)
-	_, end := w.of.life()
-	w.files.cfg.Log.Info("took over a changed certificate file", "setting", w.setting, "files", w.of.paths(), "until", end.UTC().Format(time.RFC3339))
+	about := []any{"setting", w.setting, "files", w.of.paths()}
+	if _, end := w.of.life(); !end.IsZero() {
+		about = append(about, "until", end.UTC().Format(time.RFC3339))
+	}
+	w.files.cfg.Log.Info("took over a changed certificate file", about...)
 	w.note(notes)
 	w.tellGap()
 }
@@ -379,6 +382,7 @@ func readRegular(path string) ([]byte, error) {
 // Pair is a server's certificate with its key, from two files that are watched.
 type Pair struct {
 	name, certFile, keyFile string
+	whose                   side
 	hosts                   []Host
 	now                     atomic.Pointer[shown]
 	again                   func()
@@ -406,13 +410,16 @@ type shown struct {
 // Errors begin with the setting, name the file and say
 // how to mend it. The name is that of the Expiry.
 func (f *Files) Pair(name, setting, certFile, keyFile string, hosts ...Host) (*Pair, error) {
-	p := &Pair{name: name, certFile: certFile, keyFile: keyFile, hosts: hosts}
+	p := &Pair{name: name, certFile: certFile, keyFile: keyFile, whose: ofServer, hosts: hosts}
+	return p, p.open(f, setting)
+}
+
+func (p *Pair) open(f *Files, setting string) error {
 	w, err := f.open(setting, p)
-	if err != nil {
-		return nil, err
+	if err == nil {
+		p.again = w.look
 	}
-	p.again = w.look
-	return p, nil
+	return err
 }
 
 func (p *Pair) paths() []string {
@@ -427,7 +434,7 @@ func (p *Pair) load(c []content, now time.Time) (func(), []string, error) {
 		return nil, nil, errs.New(errs.Invalid, "%s is a directory; name the file itself", strings.Join(p.paths(), " or "))
 	}
 	cert, key := c[0], c[len(c)-1]
-	s, err := checkPair(cert, key, now)
+	s, err := checkPair(p.whose, cert, key, now)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -599,8 +606,16 @@ func called(c *x509.Certificate) string {
 	return "serial number " + c.SerialNumber.String()
 }
 
+// side is whose a pair is: it is checked for what the other one demands of it.
+type side struct{ self, other string }
+
+var (
+	ofServer = side{"server", "clients"}
+	ofClient = side{"client", "servers"}
+)
+
 // checkPair makes a pair of two files' content.
-func checkPair(cert, key content, now time.Time) (*shown, error) {
+func checkPair(whose side, cert, key content, now time.Time) (*shown, error) {
 	certs, err := strictCerts(cert.data, maxChain, cert.file == key.file)
 	if err != nil {
 		return nil, errs.New(errs.Invalid, "certificate file %s: %w", cert.file, err)
@@ -615,7 +630,7 @@ func checkPair(cert, key content, now time.Time) (*shown, error) {
 	leaf := certs[0]
 	if !samePublic(signer.Public(), leaf.PublicKey) {
 		if i := slices.IndexFunc(certs, func(c *x509.Certificate) bool { return samePublic(signer.Public(), c.PublicKey) }); i > 0 {
-			return fault("the key's certificate (%s) is the one at place %d; the server's certificate must be the first, then each one's issuer", called(certs[i]), i+1)
+			return fault("the key's certificate (%s) is the one at place %d; the %s's certificate must be the first, then each one's issuer", called(certs[i]), i+1, whose.self)
 		}
 		return nil, errs.New(errs.Invalid, "key file %s is not the key of certificate file %s (%s); give the pair that belongs together", key.file, cert.file, called(leaf))
 	}
@@ -627,11 +642,11 @@ func checkPair(cert, key content, now time.Time) (*shown, error) {
 		case now.Before(c.NotBefore):
 			return fault("certificate %d (%s) is not valid before %s; check the clock of this machine, or wait", i+1, called(c), c.NotBefore.UTC().Format(time.RFC3339))
 		case weak(c.SignatureAlgorithm):
-			return fault("certificate %d (%s) is signed with %s, which clients refuse; have it made with SHA-256", i+1, called(c), c.SignatureAlgorithm)
+			return fault("certificate %d (%s) is signed with %s, which %s refuse; have it made with SHA-256", i+1, called(c), c.SignatureAlgorithm, whose.other)
 		}
 		if i+1 < len(certs) {
 			if err := c.CheckSignatureFrom(certs[i+1]); err != nil {
-				return fault("certificate %d (%s) was not signed by certificate %d (%s): %w; the order is the server's certificate first, then each one's issuer, nothing else", i+1, called(c), i+2, called(certs[i+1]), err)
+				return fault("certificate %d (%s) was not signed by certificate %d (%s): %w; the order is the %s's certificate first, then each one's issuer, nothing else", i+1, called(c), i+2, called(certs[i+1]), err, whose.self)
 			}
 		}
 		if c.NotAfter.Before(s.end) {
@@ -641,15 +656,22 @@ func checkPair(cert, key content, now time.Time) (*shown, error) {
 		s.pair.Certificate = append(s.pair.Certificate, c.Raw)
 		s.text = append(s.text, encodeCert(c.Raw)...)
 	}
+	limited := len(leaf.ExtKeyUsage)+len(leaf.UnknownExtKeyUsage) > 0
 	switch {
+	case whose == ofClient && limited && !usable(leaf, x509.ExtKeyUsageClientAuth):
+		return fault("the certificate (%s) is not for clients: its extended key usage lacks clientAuth; have one made with it, such as by kumactl generate tls-certificate --type=client", called(leaf))
+	case whose == ofClient:
 	case len(leaf.DNSNames)+len(leaf.IPAddresses) == 0:
 		return fault("the certificate (%s) names no host: it has no DNS name and no address as subject alternative name, and clients look at nothing else; have one made with them, such as by kumactl generate tls-certificate --type=server --hostname=NAME", called(leaf))
-	case len(leaf.ExtKeyUsage)+len(leaf.UnknownExtKeyUsage) > 0 && !slices.ContainsFunc(leaf.ExtKeyUsage, func(u x509.ExtKeyUsage) bool {
-		return u == x509.ExtKeyUsageServerAuth || u == x509.ExtKeyUsageAny
-	}):
+	case limited && !usable(leaf, x509.ExtKeyUsageServerAuth):
 		return fault("the certificate (%s) is not for servers: its extended key usage lacks serverAuth; have one made with it, such as by kumactl generate tls-certificate --type=server", called(leaf))
 	}
 	return s, nil
+}
+
+// usable reports whether a certificate's extended key usage has this one.
+func usable(c *x509.Certificate, usage x509.ExtKeyUsage) bool {
+	return slices.Contains(c.ExtKeyUsage, usage) || slices.Contains(c.ExtKeyUsage, x509.ExtKeyUsageAny)
 }
 
 func weak(a x509.SignatureAlgorithm) bool {

@@ -26,7 +26,7 @@ func FuzzCertificateFiles(f *testing.F) {
 	now := time.Now()
 	f.Fuzz(func(t *testing.T, cert, key []byte) {
 		for _, names := range [][2]string{{"cert.pem", "key.pem"}, {"both.pem", "both.pem"}} {
-			s, err := checkPair(content{names[0], cert, 0o600}, content{names[1], key, 0o600}, now)
+			s, err := checkPair(ofServer, content{names[0], cert, 0o600}, content{names[1], key, 0o600}, now)
 			switch {
 			case err != nil:
 				if !errs.Is(err, errs.Invalid) {
