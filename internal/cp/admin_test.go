@@ -26,6 +26,7 @@ import (
 	"kuma/internal/rest"
 	"kuma/internal/session"
 	"kuma/internal/state"
+	"kuma/test/lab"
 )
 
 var webKey = session.Key{Mesh: "default", Name: "web"}
@@ -294,12 +295,7 @@ func TestAskAdmin(t *testing.T) {
 			})
 		}, err: "more than 64 MiB"},
 		"nobody": {open: func(r *adminRoom, _ *atomic.Int64) {
-			l, err := net.Listen("tcp", "127.0.0.1:0")
-			if err != nil {
-				r.t.Fatal(err)
-			}
-			_ = l.Close()
-			r.at("127.0.0.1", uint32(l.Addr().(*net.TCPAddr).Port))
+			r.at("127.0.0.1", uint32(lab.FreePort(r.t)))
 		}, err: "connection refused"},
 		"a cloud's credentials": {open: func(r *adminRoom, _ *atomic.Int64) { r.at("169.254.169.254", 80) }, err: "it is not dialed"},
 		"link-local":            {open: func(r *adminRoom, _ *atomic.Int64) { r.at("fe80::1", 80) }, err: "it is not dialed"},

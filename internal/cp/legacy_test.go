@@ -60,7 +60,7 @@ func caller(t *testing.T, ca string, show ...string) *http.Client {
 		}
 		transport.TLSClientConfig.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &pair, nil }
 	}
-	return &http.Client{Timeout: 10 * time.Second, Transport: transport}
+	return &http.Client{Timeout: patience, Transport: transport}
 }
 
 // ask sends a request; status 0 is one that got no answer.

@@ -93,7 +93,7 @@ func TestLimitedListener(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+		_ = c.SetDeadline(time.Now().Add(patience))
 		fmt.Fprint(c, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
 		_, err = io.ReadFull(c, make([]byte, 12))
 		return c, err
@@ -256,7 +256,7 @@ func TestHTTP2Floods(t *testing.T) {
 			}
 			defer conn.Close()
 			check := func() {
-				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+				ctx, cancel := context.WithTimeout(t.Context(), patience)
 				defer cancel()
 				if _, err := healthpb.NewHealthClient(conn).Check(ctx, &healthpb.HealthCheckRequest{}); err != nil {
 					t.Errorf("another client: %v", err)

@@ -26,6 +26,10 @@ import (
 	"kuma/internal/xds"
 )
 
+// patience is how long a test waits for what takes milliseconds on a machine
+// with nothing else to do.
+const patience = 30 * time.Second
+
 // port is a splitter with an HTTP and a gRPC server behind it.
 func port(t *testing.T, most, each int) (address string, clients *tls.Config, s *splitter) {
 	t.Helper()

@@ -247,7 +247,7 @@ func TestReportOfLinks(t *testing.T) {
 				t.Errorf("%d links for the mesh", n)
 			}
 			transport.CloseIdleConnections()
-			for deadline := time.Now().Add(10 * time.Second); len(reportOf(t, r, "").Links) > 0; {
+			for deadline := time.Now().Add(patience); len(reportOf(t, r, "").Links) > 0; {
 				if time.Now().After(deadline) {
 					t.Fatal("the connection is still there")
 				}
