@@ -1,13 +1,38 @@
 // Package pgstore is a store in a PostgreSQL database, of which one control
-// plane at a time serves; others on the same database stand by.
+// plane at a time serves, with all of its contents in memory; others on the
+// same database stand by.
+//
+// The database is the truth. A write is committed before anyone sees it; reads
+// never ask the database. Writes that arrive while another is on its way go in
+// one transaction, each with its own conditions, revision and outcome.
+//
+// Who serves holds an advisory lock of the database for as long as a connection
+// of its own lasts, and has put a token of its own into the one row of the
+// table mesh_state when it took over. The lock is for the taking over; the token
+// is what counts: every transaction begins by moving that row on from the
+// revision that is in memory to the next, if the token is still there. So a
+// control plane that was cut off while another took over can't write anything,
+// and what is in memory is what is in the database.
+//
+// It works with PostgreSQL 12 and later, directly or through pgbouncer in
+// session mode. In transaction mode an advisory lock stays behind on a connection
+// that is somebody else's next: the token still keeps the data safe, but two
+// control planes may take the database from each other again and again. That is
+// refused where it is noticed.
 package pgstore
 
 import (
 	"context"
+	"crypto/rand"
 	"crypto/tls"
+	"errors"
+	"fmt"
 	"log/slog"
+	"os"
+	"sync"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"kuma/internal/errs"
@@ -51,42 +76,406 @@ type Config struct {
 
 // Store is a store in a PostgreSQL database.
 type Store struct {
-	*store.Memory
+	*store.Keeper
+	*dialer
+	pooled        *pgxpool.Pool
+	log           *slog.Logger
+	instance      string
+	tolerateNewer bool
+	// holder is the token by which the database knows this store.
+	holder string
+
+	// lock is the connection that holds the lock. It is the guard's, until that
+	// has ended.
+	lock    *pgx.Conn
+	end     context.CancelFunc
+	guarded chan struct{}
+	closed  sync.Once
+
+	// doubt is a transaction that may be in the database, or not. It is for who
+	// writes, alone.
+	doubt *doubt
+
+	lost   chan struct{}
+	mu     sync.Mutex
+	broken error
+	gone   error
 }
+
+const (
+	// pollEvery is how often a store that stands by tries for the lock, and
+	// tellEvery how often it says that it stands by.
+	pollEvery = time.Second
+	tellEvery = time.Minute
+	// askLimit bounds a question about the state of things.
+	askLimit = 5 * time.Second
+	// loadLimit bounds the reading of all there is.
+	loadLimit = 10 * time.Minute
+	// maxKey is the longest kind, mesh and name together; an index has no room
+	// for much longer ones.
+	maxKey = 2048
+)
 
 // Open connects, waits until no other control plane serves from the database,
-// and reads all that is in it. The end of ctx ends the wait.
+// and reads all that is in it. It says at once, and then every minute, for whom
+// it waits; the end of ctx ends the wait. That the database can't be reached is
+// an error at once, but not while it waits: then it tries again. Tables that are
+// missing, or of another version, are an error that says what to do. All errors
+// but those of a wrong Config are errs.Unavailable.
+//
+// It asks for the lock every second, rather than waiting for it in the server:
+// a statement that waits keeps the server from cleaning up behind everybody, and
+// would not notice a connection that is half dead.
 func Open(ctx context.Context, c Config) (*Store, error) {
-	return nil, errs.New(errs.Unavailable, "not built yet")
+	d, err := newDialer(c)
+	if err != nil {
+		return nil, err
+	}
+	s := &Store{
+		dialer: d, log: c.Log, instance: c.Instance, tolerateNewer: c.TolerateNewer,
+		guarded: make(chan struct{}), lost: make(chan struct{}),
+	}
+	s.Keeper = store.NewKeeper(store.Place{
+		Name: s.where, MaxKey: maxKey, Kinds: c.Kinds, Log: c.Log,
+		Ready: s.ready,
+		Write: s.write,
+	})
+	if err := s.takeOver(ctx); err != nil {
+		return nil, err
+	}
+	guard, end := context.WithCancel(context.Background())
+	s.end = end
+	if s.pooled, err = pgxpool.NewWithConfig(guard, d.pool); err != nil {
+		end()
+		hangUp(s.lock)
+		return nil, errs.New(errs.Internal, "%w", err)
+	}
+	go s.guard(guard)
+	return s, nil
 }
 
-// Migrate makes the tables, or brings them up to date, and tells whether there
-// was anything to do. Nothing that is in them is lost.
-func Migrate(ctx context.Context, c Config) (changed bool, err error) {
-	return false, errs.New(errs.Unavailable, "not built yet")
+// errHeld says that another has the lock.
+var errHeld = errors.New("another control plane has the lock")
+
+// takeOver waits for the lock, makes the database this store's, and reads it.
+func (s *Store) takeOver(ctx context.Context) error {
+	var told time.Time
+	for {
+		by, err := s.try(ctx)
+		if err == nil {
+			return nil
+		}
+		switch {
+		case ctx.Err() != nil:
+			return errs.New(errs.Unavailable, "wait for %s: %w", s.where, ctx.Err())
+		case !errors.Is(err, errHeld) && (told.IsZero() || !isBroken(err) || errors.Is(err, errTables)):
+			return s.failed("take over", err)
+		case time.Since(told) < tellEvery:
+		case errors.Is(err, errHeld):
+			s.log.Info("another control plane serves from the database; this one stands by", "store", s.where, "serving", by.instance, "since", by.since)
+			told = time.Now()
+		default:
+			s.log.Warn("the database can't be reached; this control plane goes on standing by", "store", s.where, "error", s.failed("ask", err))
+			told = time.Now()
+		}
+		if !pause(ctx, pollEvery) {
+			return errs.New(errs.Unavailable, "wait for %s: %w", s.where, ctx.Err())
+		}
+	}
 }
 
-// Put is store.Store's.
-func (s *Store) Put(ctx context.Context, writes ...store.Write) (uint64, error) {
-	return 0, errs.New(errs.Unavailable, "not built yet")
+// pause waits, and reports whether ctx still goes on.
+func pause(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
+// holding is what the database says about who serves.
+type holding struct {
+	holder, instance string
+	since            *time.Time
+	revision         uint64
+}
+
+// try takes the database over, if nobody serves from it. It keeps the
+// connection over calls, in s.lock.
+func (s *Store) try(ctx context.Context) (by holding, err error) {
+	if s.lock == nil {
+		if s.lock, err = s.connectLock(ctx); err != nil {
+			return by, err
+		}
+		defer func() {
+			if err != nil && !errors.Is(err, errHeld) {
+				s.drop()
+			}
+		}()
+		asking, stop := context.WithTimeout(ctx, askLimit)
+		defer stop()
+		if err := s.checkSchema(asking, s.lock); err != nil {
+			return by, err
+		}
+	}
+	asking, stop := context.WithTimeout(ctx, askLimit)
+	defer stop()
+	by, got, err := s.ask(asking, s.lock)
+	if err == nil && !got {
+		return by, errHeld
+	}
+	if err == nil {
+		err = s.take(ctx, s.lock)
+	}
+	if err != nil {
+		s.drop()
+	}
+	return by, err
+}
+
+// drop gives the lock's connection up.
+func (s *Store) drop() {
+	if s.lock != nil {
+		hangUp(s.lock)
+		s.lock = nil
+	}
+}
+
+// connectLock makes a connection that is to hold the lock. A server that hears
+// no more of it is to notice soon, so that another can take over; not every
+// server can be told so.
+func (s *Store) connectLock(ctx context.Context) (*pgx.Conn, error) {
+	conn, err := s.connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	asking, stop := context.WithTimeout(ctx, askLimit)
+	defer stop()
+	for _, set := range []string{
+		fmt.Sprint("set tcp_keepalives_idle = ", int(keepIdle.Seconds())),
+		fmt.Sprint("set tcp_keepalives_interval = ", int(keepInterval.Seconds())),
+		fmt.Sprint("set tcp_keepalives_count = ", keepCount),
+		fmt.Sprint("set tcp_user_timeout = ", unanswered.Milliseconds()),
+		"set idle_session_timeout = 0", // since PostgreSQL 14
+	} {
+		if _, err := conn.Exec(asking, set); err != nil && isBroken(err) {
+			hangUp(conn)
+			return nil, s.unreachable(err)
+		}
+	}
+	return conn, nil
+}
+
+// ask tells who serves, and takes the lock where it is free.
+func (s *Store) ask(ctx context.Context, conn *pgx.Conn) (by holding, got bool, err error) {
+	err = conn.QueryRow(ctx, "select holder, instance, since, revision, pg_try_advisory_lock($1) from mesh_state", int64(lockServe)).
+		Scan(&by.holder, &by.instance, &by.since, &by.revision, &got)
+	return by, got, err
+}
+
+// take makes the database this store's and reads all that is in it. Whoever
+// served before has either committed what it was writing, and it is read here,
+// or never will.
+func (s *Store) take(ctx context.Context, conn *pgx.Conn) error {
+	ctx, stop := context.WithTimeout(ctx, loadLimit)
+	defer stop()
+	s.holder = rand.Text()
+	s.Forget()
+	var revision uint64
+	err := pgx.BeginTxFunc(ctx, conn, readWrite, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, "set local statement_timeout = 0"); err != nil {
+			return err
+		}
+		var locked bool
+		err := tx.QueryRow(ctx, "update mesh_state set holder = $1, instance = $2, since = now() returning revision, exists (select from pg_locks where locktype = 'advisory' and pid = pg_backend_pid() and (classid::bigint << 32 | objid::bigint) = $3)",
+			s.holder, s.instance, int64(lockServe)).Scan(&revision, &locked)
+		if err != nil {
+			return err
+		}
+		if !locked {
+			return errs.New(errs.Unavailable, "%s is behind something that shares connections, such as pgbouncer in transaction mode, and the lock went astray: use session mode", s.where)
+		}
+		rows, err := tx.Query(ctx, "select kind, mesh, name, data from mesh_resources")
+		if err != nil {
+			return err
+		}
+		var key resource.Key
+		var data []byte
+		_, err = pgx.ForEachRow(rows, []any{&key.Kind, &key.Mesh, &key.Name, &data}, func() error {
+			s.Load(key, data)
+			return nil
+		})
+		return err
+	})
+	if err == nil {
+		s.Start(revision)
+	}
+	return err
+}
+
+// guard keeps the lock until ctx ends or the store is lost.
+func (s *Store) guard(ctx context.Context) {
+	defer close(s.guarded)
+	for {
+		// Nobody ever notifies: this ends with the connection, or with ctx.
+		_, err := s.lock.WaitForNotification(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		if err == nil {
+			continue
+		}
+		s.log.Warn("the connection that holds the database's lock broke; it is made anew", "store", s.where, "error", words(err))
+		s.drop()
+		if !s.regain(ctx) {
+			return
+		}
+		s.log.Info("this control plane has the database's lock again", "store", s.where)
+	}
+}
+
+// regain gets the lock back, and reports whether it did.
+func (s *Store) regain(ctx context.Context) bool {
+	var told time.Time
+	for wait := 50 * time.Millisecond; ; wait = min(2*wait, pollEvery) {
+		err := s.reacquire(ctx)
+		if err == nil {
+			return true
+		}
+		s.drop()
+		if s.Err() != nil || ctx.Err() != nil {
+			return false
+		}
+		if time.Since(told) >= tellEvery {
+			s.log.Warn("the database's lock can't be had; reads go on", "store", s.where, "error", s.failed("lock", err))
+			told = time.Now()
+		}
+		if !pause(ctx, wait) {
+			return false
+		}
+	}
+}
+
+// reacquire gets the lock on a new connection, if the database is still this
+// store's and what is in it is what is in memory.
+func (s *Store) reacquire(ctx context.Context) error {
+	var err error
+	if s.lock, err = s.connectLock(ctx); err != nil {
+		return err
+	}
+	asking, stop := context.WithTimeout(ctx, askLimit)
+	defer stop()
+	by, got, err := s.ask(asking, s.lock)
+	switch {
+	case err != nil:
+		return err
+	case by.holder != s.holder:
+		return s.lose(by)
+	case !got:
+		// Most likely the server hasn't noticed yet that the old connection is
+		// gone.
+		return errHeld
+	}
+	waited := s.Exclusive(asking, func() {
+		if s.doubt != nil {
+			err = s.conclude(asking, s.lock)
+		}
+		if err != nil {
+			return
+		}
+		if by, _, err = s.ask(asking, s.lock); err == nil && (by.holder != s.holder || by.revision != s.Revision()) {
+			err = s.lose(by)
+		}
+	})
+	return errors.Join(waited, err)
+}
+
+// lose ends the store's service: the database is not, or no longer, what it
+// left there.
+func (s *Store) lose(by holding) error {
+	var why string
+	switch {
+	case by.holder != s.holder && by.since != nil:
+		why = fmt.Sprintf("another control plane, %q, has taken over at %s", by.instance, by.since.UTC().Format(time.RFC3339))
+	case by.holder != s.holder:
+		why = "another control plane had taken over and has given it back, or it was made anew"
+	default:
+		why = fmt.Sprintf("it is at revision %d, and this control plane is at %d: it was restored, or is a replica that had not got everything when it became the primary", by.revision, s.Revision())
+	}
+	err := errs.New(errs.Unavailable, "this control plane does not serve from %s any more: %s: it has to start again", s.where, why)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.gone != nil {
+		return s.gone
+	}
+	s.gone, s.broken = err, err
+	s.End(err)
+	close(s.lost)
+	s.log.Error("the database is lost to this control plane, which has to start again", "store", s.where, "error", why)
+	return err
 }
 
 // Lost is closed when the store can't be written any more because another
 // control plane has taken over, or the database has gone back to an older
 // state. The process is to end: it starts again as one that stands by.
-func (s *Store) Lost() <-chan struct{} { return nil }
+func (s *Store) Lost() <-chan struct{} { return s.lost }
 
 // Err says why the store was lost, and is nil before that.
-func (s *Store) Err() error { return nil }
+func (s *Store) Err() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.gone
+}
 
 // Connections has an entry for each connection that is open now: the state of
 // its TLS, or nil where it has none.
-func (s *Store) Connections() []*tls.ConnectionState { return nil }
+func (s *Store) Connections() []*tls.ConnectionState { return s.connections() }
 
 // Pool tells about the connections for writes. The lock's connection is not
 // one of them.
-func (s *Store) Pool() *pgxpool.Stat { return nil }
+func (s *Store) Pool() *pgxpool.Stat { return s.pooled.Stat() }
 
 // Close gives the database back, for another control plane to serve from.
 // Later writes fail, and those who watch are told.
-func (s *Store) Close() error { return nil }
+func (s *Store) Close() error {
+	s.closed.Do(s.close)
+	return nil
+}
+
+func (s *Store) close() {
+	s.end()
+	<-s.guarded
+	_ = s.Exclusive(context.Background(), func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		closed := errs.New(errs.Unavailable, "the control plane is stopping: store %s: %w", s.where, os.ErrClosed)
+		if s.broken == nil {
+			s.broken = closed
+		}
+		s.End(closed)
+	})
+	if s.lock != nil {
+		ctx, stop := context.WithTimeout(context.Background(), time.Second)
+		defer stop()
+		// Both only make it quicker and clearer for who comes next: the lock goes
+		// with the connection, and the token is worth nothing without this store.
+		_, _ = s.lock.Exec(ctx, "update mesh_state set holder = '', instance = '', since = null where holder = $1", s.holder)
+		_, _ = s.lock.Exec(ctx, "select pg_advisory_unlock($1)", int64(lockServe))
+		s.drop()
+	}
+	// A connection that is half dead takes its time to end, and may.
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		s.pooled.Close()
+	}()
+	limit := time.NewTimer(time.Second)
+	defer limit.Stop()
+	select {
+	case <-ended:
+	case <-limit.C:
+	}
+}
