@@ -67,14 +67,22 @@ func (l *Lab) Ports(n int) ([]int, error) {
 		}
 		p := l.nextPort
 		l.nextPort++
-		h, err := net.Listen("tcp4", fmt.Sprintf("127.0.0.1:%d", p))
-		if err != nil {
+		if !free(p) {
 			continue // a stranger's
 		}
-		_ = h.Close()
 		out = append(out, p)
 	}
 	return out, nil
+}
+
+// free reports whether nobody listens on a port. No program is started
+// meanwhile: until it is executed it would hold a copy of what listens here, and
+// who is given the port could not listen.
+func free(port int) bool {
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	h, err := net.Listen("tcp4", fmt.Sprintf("127.0.0.1:%d", port))
+	return err == nil && h.Close() == nil
 }
 
 // claim takes a block of ports that nobody owns.
