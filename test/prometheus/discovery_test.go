@@ -68,22 +68,43 @@ type controlPlane struct {
 	api, mads int
 }
 
+// block returns the first of five ports that nobody listens on, and that nobody
+// else is given until the test ends. They are of a block as package lab has them,
+// which is not of this module: who listens on a block's first port owns it.
+func block(t *testing.T) int {
+	t.Helper()
+	const firstPort, lastPort, size, want = 10240, 32768, 32, 5
+	const blocks = (lastPort - firstPort) / size
+next:
+	for n := range blocks {
+		p := firstPort + (os.Getpid()+n)%blocks*size
+		owner, err := net.Listen("tcp4", fmt.Sprintf("127.0.0.1:%d", p))
+		if err != nil {
+			continue
+		}
+		for n := range want {
+			l, err := net.Listen("tcp", fmt.Sprintf(":%d", p+1+n))
+			if err != nil {
+				_ = owner.Close()
+				continue next
+			}
+			_ = l.Close()
+		}
+		t.Cleanup(func() { _ = owner.Close() })
+		return p + 1
+	}
+	t.Fatal("all ports for tests are in use")
+	return 0
+}
+
 func start(t *testing.T, env ...string) *controlPlane {
 	t.Helper()
 	c := &controlPlane{t: t, dir: t.TempDir()}
 	ports := map[string]int{}
-	var held []net.Listener
-	for _, name := range []string{"KUMA_API_SERVER_HTTP_PORT", "KUMA_API_SERVER_HTTPS_PORT", "KUMA_DP_SERVER_PORT", "KUMA_DIAGNOSTICS_SERVER_PORT", "KUMA_MONITORING_ASSIGNMENT_SERVER_PORT"} {
-		l, err := net.Listen("tcp", ":0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		held = append(held, l)
-		ports[name] = l.Addr().(*net.TCPAddr).Port
+	first := block(t)
+	for i, name := range []string{"KUMA_API_SERVER_HTTP_PORT", "KUMA_API_SERVER_HTTPS_PORT", "KUMA_DP_SERVER_PORT", "KUMA_DIAGNOSTICS_SERVER_PORT", "KUMA_MONITORING_ASSIGNMENT_SERVER_PORT"} {
+		ports[name] = first + i
 		env = append(env, fmt.Sprintf("%s=%d", name, ports[name]))
-	}
-	for _, l := range held {
-		_ = l.Close()
 	}
 	c.api, c.mads = ports["KUMA_API_SERVER_HTTP_PORT"], ports["KUMA_MONITORING_ASSIGNMENT_SERVER_PORT"]
 	var log bytes.Buffer
