@@ -31,6 +31,10 @@ import (
 	"kuma/proto/linkpb"
 )
 
+// patience is how long a test waits for what takes milliseconds on a machine
+// with nothing else to do.
+const patience = 30 * time.Second
+
 // client is kuma-dp's end of a link.
 type client struct {
 	*testing.T
@@ -40,7 +44,7 @@ type client struct {
 
 func dial(t *testing.T, d *cptest.Doors, token string, h *linkpb.Hello) *client {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	t.Cleanup(cancel)
 	if token != "" {
 		ctx = metadata.AppendToOutgoingContext(ctx, "authorization", token)
@@ -116,7 +120,7 @@ func ads(t *testing.T, d *cptest.Doors, c cptest.ADSConfig) *cptest.ADS {
 
 func within(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	t.Cleanup(cancel)
 	return ctx
 }

@@ -96,7 +96,7 @@ func handshake(t *testing.T, ca *pki.AdminCA, server pki.AdminServer, client *tl
 	a, b := net.Pipe()
 	defer a.Close()
 	defer b.Close()
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(30 * time.Second)
 	_ = a.SetDeadline(deadline)
 	_ = b.SetDeadline(deadline)
 	done := make(chan error, 1)

@@ -30,9 +30,11 @@ import (
 	"kuma/internal/state"
 )
 
+// within is a context for what takes milliseconds on a machine with nothing else
+// to do.
 func within(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	t.Cleanup(cancel)
 	return ctx
 }

@@ -403,7 +403,7 @@ func (d *Door) pass(raw net.Conn) {
 			return cfg, nil
 		},
 	})
-	_ = raw.SetDeadline(time.Now().Add(20 * time.Second))
+	_ = raw.SetDeadline(time.Now().Add(30 * time.Second))
 	err := conn.Handshake()
 	_ = raw.SetDeadline(time.Time{})
 	if behind != nil {

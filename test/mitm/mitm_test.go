@@ -248,7 +248,7 @@ func eventually(t *testing.T, what string, is func() bool) {
 	t.Helper()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
-	for end := time.Now().Add(20 * time.Second); !is(); <-tick.C {
+	for end := time.Now().Add(30 * time.Second); !is(); <-tick.C {
 		if time.Now().After(end) {
 			t.Fatal("not in time: " + what)
 		}
@@ -303,7 +303,7 @@ func (b *bench) try(t *testing.T, c client, show mitm.Case, change ...func(*exec
 		select {
 		case <-door.Refused():
 			refused = true
-		case <-time.After(10 * time.Second):
+		case <-time.After(30 * time.Second):
 		}
 	}
 	return string(out), err == nil, door.Heard(), refused

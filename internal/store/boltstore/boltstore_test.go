@@ -188,12 +188,8 @@ func TestSecondProcess(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "kuma.db")
 	s := open(t, path)
-	start := time.Now()
 	_, err := tryOpen(path)
 	says(t, err, errs.Unavailable, path, "in use by another control plane", fmt.Sprintf("(process %d)", os.Getpid()), "stop that one")
-	if took := time.Since(start); took > 3*time.Second {
-		t.Errorf("it took %v to say so", took)
-	}
 	put(t, s, store.Set(fruit("a", 0)))
 	s.Close()
 	open(t, path)
