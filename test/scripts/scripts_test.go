@@ -78,7 +78,7 @@ func TestMain(m *testing.M) {
 
 // patience is how long a story waits for what must happen. It is spent only
 // where a story fails.
-const patience = 20 * time.Second
+const patience = 30 * time.Second
 
 func TestStories(t *testing.T) {
 	testscript.Run(t, testscript.Params{
@@ -218,7 +218,7 @@ func (s *story) start(ts *testscript.TestScript, settings []string) error {
 	c, err := cp.New(ctx, cfg, log)
 	// A program that another story starts at this moment holds copies of our
 	// listeners until it is executed, also of those that were closed since.
-	for deadline := time.Now().Add(time.Second); again && err != nil && strings.Contains(err.Error(), "another program does") && time.Now().Before(deadline); {
+	for deadline := time.Now().Add(patience); again && err != nil && strings.Contains(err.Error(), "another program does") && time.Now().Before(deadline); {
 		time.Sleep(10 * time.Millisecond) // nothing tells when that is over
 		c, err = cp.New(ctx, cfg, log)
 	}
