@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"path/filepath"
 	"strings"
@@ -240,6 +241,32 @@ func TestClientPair(t *testing.T) {
 		if got, err := pair.Certificate(); err != nil || !got.Leaf.Equal(m.cert) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// By what a client's pair is verified is not known here, so nothing is said of
+// its chain.
+func TestClientPairHasNoGap(t *testing.T) {
+	t.Parallel()
+	root := mint(t, nil, asCA)
+	between := mint(t, root, asCA)
+	client, server := mint(t, between, asClient), mint(t, between, nil)
+	watch := pki.NewFiles(pki.FilesConfig{Known: func() []*x509.Certificate { return nil }, Log: slog.New(slog.DiscardHandler)})
+	for _, m := range []*minted{client, server} {
+		at := newPlace(t)
+		at.put(t, certPEM(m), m.keyPEM(t))
+		var err error
+		if m == client {
+			_, err = watch.ClientPair("client", "CERT", at.cert, at.key)
+		} else {
+			_, err = watch.Pair("server", "CERT", at.cert, at.key)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if gaps := watch.Gaps(); len(gaps) != 1 || gaps[0].Name != "server" {
+		t.Errorf("%v", gaps)
 	}
 }
 
