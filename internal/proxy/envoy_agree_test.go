@@ -21,6 +21,7 @@ import (
 	"kuma/internal/policy/meshtrafficpermission"
 	"kuma/internal/policy/policytest"
 	"kuma/internal/resource"
+	"kuma/test/lab"
 )
 
 // as returns a client that connects to one address under a certificate.
@@ -31,7 +32,7 @@ func (a *authority) as(address string, names ...string) *http.Client {
 	if err != nil {
 		a.t.Fatal(err)
 	}
-	return &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
+	return &http.Client{Timeout: patience, Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialTLSContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			d := tls.Dialer{Config: &tls.Config{Certificates: []tls.Certificate{pair}, InsecureSkipVerify: true, MinVersion: tls.VersionTLS13}}
@@ -66,7 +67,7 @@ networking:
   inbound:
 `
 	for i := range inbounds {
-		ports = append(ports, freePort(t, "127.0.0.14"))
+		ports = append(ports, lab.FreePort(t))
 		docs += fmt.Sprintf("  - {port: %d, name: p%d, servicePort: %d, serviceAddress: 127.0.0.1, tags: {kuma.io/service: backend, kuma.io/protocol: http}}\n", ports[i], i, app.Listener.Addr().(*net.TCPAddr).Port)
 	}
 	rs := read(t, docs)
@@ -151,7 +152,7 @@ func TestEnvoyTimesCallers(t *testing.T) {
 		}
 	}))
 	defer app.Close()
-	port := freePort(t, "127.0.0.15")
+	port := lab.FreePort(t)
 	pic := policytest.Picture(t, fmt.Sprintf(`
 type: Mesh
 name: default
@@ -225,7 +226,7 @@ func TestEnvoyServerFirst(t *testing.T) {
 			}()
 		}
 	}()
-	port := freePort(t, "127.0.0.16")
+	port := lab.FreePort(t)
 	pic := policytest.Picture(t, fmt.Sprintf(`
 type: Mesh
 name: default
@@ -271,7 +272,7 @@ spec: {from: [{targetRef: {kind: MeshService, name: web}, default: {action: Allo
 		if err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
-		_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
+		_ = conn.SetDeadline(time.Now().Add(patience))
 		b := make([]byte, 5)
 		n, _ := io.ReadFull(conn, b)
 		t.Logf("%s hears %q", name, b[:n])
@@ -285,7 +286,7 @@ spec: {from: [{targetRef: {kind: MeshService, name: web}, default: {action: Allo
 				if got != name[:3]+"!!" {
 					t.Errorf("the workload hears %q from %s", got, name)
 				}
-			case <-time.After(10 * time.Second):
+			case <-time.After(patience):
 				t.Errorf("the workload hears nothing from %s", name)
 			}
 		} else if n, _ := conn.Read(b); n != 0 {

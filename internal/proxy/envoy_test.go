@@ -28,6 +28,7 @@ import (
 	"kuma/internal/envoy"
 	"kuma/internal/envoy/envoytest"
 	"kuma/internal/policy/policytest"
+	"kuma/test/lab"
 )
 
 // binary is the Envoy under test; the e2e target of the Makefile sets it.
@@ -114,6 +115,10 @@ func (a *authority) static(res envoy.Resources, uris ...string) string {
 	return path
 }
 
+// patience is how long a test waits for what takes milliseconds on a machine
+// with nothing else to do.
+const patience = 30 * time.Second
+
 // run starts Envoy and waits until its workers serve. It returns the path of
 // its admin socket.
 func run(t *testing.T, config string) string {
@@ -158,7 +163,7 @@ func run(t *testing.T, config string) string {
 			t.Log(logged.String())
 		}
 	})
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(patience)
 	for {
 		if s, err := adminGet(admin, "/ready"); err == nil && strings.HasPrefix(s, "LIVE") {
 			return admin
@@ -252,17 +257,6 @@ func TestEnvoyAccepts(t *testing.T) {
 	}
 }
 
-// freePort returns a TCP port that was free on the address.
-func freePort(t *testing.T, address string) int {
-	t.Helper()
-	l, err := net.Listen("tcp", net.JoinHostPort(address, "0"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
-}
-
 // TestEnvoyRefuses runs two Envoys: who is allowed gets through, who is not is
 // refused and logged, and a workload's own 403 is not.
 func TestEnvoyRefuses(t *testing.T) {
@@ -289,7 +283,7 @@ func TestEnvoyRefuses(t *testing.T) {
 			go func() { defer c.Close(); _, _ = io.Copy(c, c) }()
 		}
 	}()
-	httpPort, tcpPort := freePort(t, "127.0.0.12"), freePort(t, "127.0.0.12")
+	httpPort, tcpPort := lab.FreePort(t), lab.FreePort(t)
 	docs := `
 type: Mesh
 name: default
@@ -318,7 +312,7 @@ spec:
 	callers := map[string][3]int{}
 	for i, c := range []string{"web", "intruder", "bad"} {
 		address := fmt.Sprintf("127.0.0.%d", 20+i)
-		callers[c] = [3]int{freePort(t, address), freePort(t, "127.0.0.1"), freePort(t, "127.0.0.1")}
+		callers[c] = [3]int{lab.FreePort(t), lab.FreePort(t), lab.FreePort(t)}
 		docs += fmt.Sprintf(`
 ---
 type: Dataplane
@@ -377,7 +371,7 @@ networking:
 			t.Fatal(err)
 		}
 		defer c.Close()
-		_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+		_ = c.SetDeadline(time.Now().Add(patience))
 		_, _ = io.WriteString(c, "hello")
 		b := make([]byte, 5)
 		n, _ := io.ReadFull(c, b)
@@ -390,7 +384,7 @@ networking:
 		t.Errorf("intruder hears %q", got)
 	}
 	var lines []map[string]any
-	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
 		raw, err := os.ReadFile(denials)
 		if err != nil {
 			t.Fatal(err)
