@@ -333,7 +333,7 @@ func TestParseRequestRefuses(t *testing.T) {
 			if _, err := pki.ParseRequest(c.der); !errs.Is(err, errs.Invalid) || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("error = %v, want one with %q", err, c.want)
 			}
-			if d := time.Since(start); d > time.Second {
+			if d := time.Since(start); d > 10*time.Second {
 				t.Errorf("it took %v to refuse", d)
 			}
 		})
