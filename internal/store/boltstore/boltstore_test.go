@@ -1,21 +1,16 @@
 package boltstore_test
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"os/signal"
 	"path/filepath"
-	"reflect"
-	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
-
-	"github.com/google/go-cmp/cmp"
 
 	"kuma/internal/errs"
 	"kuma/internal/resource"
@@ -40,55 +35,16 @@ func open(t testing.TB, path string) *boltstore.Store {
 	return s
 }
 
-func put(t testing.TB, s store.Store, writes ...store.Write) uint64 {
-	t.Helper()
-	revision, err := s.Put(t.Context(), writes...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return revision
-}
-
-// fruit returns a resource of about size bytes.
-func fruit(name string, size int) *resource.Resource {
-	return storetest.NewTypes().Fruit.Make("m", name, &storetest.FruitSpec{Colour: "red", Notes: map[string]string{"text": strings.Repeat("x", size)}})
-}
-
-// content is all that a store holds, comparable.
-func content(t testing.TB, s store.Store) (map[resource.Key]resource.Resource, uint64) {
-	t.Helper()
-	list, revision, err := s.List(t.Context(), "", "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	all := map[resource.Key]resource.Resource{}
-	for _, r := range list {
-		c := *r
-		c.Kind = nil
-		all[r.Key()] = c
-	}
-	return all, revision
-}
-
-// same fails the test if the store does not hold exactly what is wanted.
-func same(t testing.TB, s store.Store, want map[resource.Key]resource.Resource, revision uint64) {
-	t.Helper()
-	got, at := content(t, s)
-	if at != revision || !reflect.DeepEqual(got, want) {
-		t.Fatalf("revision %d, want %d: %s", at, revision, cmp.Diff(want, got))
-	}
-}
-
-// says fails the test unless the error is of the kind and has all the words.
-func says(t testing.TB, err error, kind errs.Kind, words ...string) {
-	t.Helper()
-	if !errs.Is(err, kind) {
-		t.Fatalf("error %v (%v), want one that is %v", err, errs.KindOf(err), kind)
-	}
-	for _, w := range words {
-		if !strings.Contains(err.Error(), w) {
-			t.Errorf("the error should have %q in it: %v", w, err)
+// opener opens the file again and again.
+func opener(path string) storetest.Opener {
+	return func(t testing.TB, kinds []*resource.Kind, log *slog.Logger) storetest.Closing {
+		t.Helper()
+		s, err := boltstore.Open(boltstore.Config{Path: path, Kinds: kinds, Log: log})
+		if err != nil {
+			t.Fatal(err)
 		}
+		t.Cleanup(func() { s.Close() })
+		return storetest.Closing{Store: s, Close: s.Close}
 	}
 }
 
@@ -98,88 +54,17 @@ func TestContract(t *testing.T) {
 	})
 }
 
-func TestReopen(t *testing.T) {
+func TestKept(t *testing.T) {
 	t.Parallel()
-	path := filepath.Join(t.TempDir(), "kuma.db")
-	s := open(t, path)
-	types := storetest.NewTypes()
-	for i := range 300 {
-		put(t, s, store.Set(fruit(fmt.Sprint(i%100), i*20)))
-	}
-	labelled := fruit("labelled", 0)
-	labelled.Labels, labelled.Status = map[string]string{"a": "b"}, &storetest.FruitStatus{Eaten: true}
-	put(t, s, store.Create(labelled), store.Create(types.Basket.Make("", "b", &storetest.FruitSpec{Seeds: 3})))
-	put(t, s, store.Remove(types.Fruit.Key("m", "7")))
-	want, revision := content(t, s)
-	if err := s.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := s.Put(t.Context(), store.Set(fruit("late", 0))); !errs.Is(err, errs.Unavailable) {
-		t.Errorf("Put after Close: %v", err)
-	}
-	for _, err := range s.Watch(t.Context(), revision) {
-		says(t, err, errs.Unavailable, "closed")
-	}
-
-	s = open(t, path)
-	same(t, s, want, revision)
-	if got := put(t, s, store.Replace(fruit("labelled", 0), revision-1)); got != revision+1 {
-		t.Errorf("the next revision is %d, want %d", got, revision+1)
-	}
-	for _, since := range []uint64{0, revision - 1} {
-		for _, err := range s.Watch(t.Context(), since) {
-			if !errors.Is(err, store.ErrTooOld) {
-				t.Errorf("Watch(%d), which is before the start: %v, want ErrTooOld", since, err)
-			}
-		}
-	}
-	for events := range s.Watch(t.Context(), revision) {
-		if len(events) != 1 || events[0].Key.Name != "labelled" {
-			t.Errorf("Watch from the start: %v", events)
-		}
-		break
-	}
-	info, err := os.Stat(path)
-	if err != nil || info.Mode() != 0o600 {
-		t.Errorf("mode %v, %v; want 0600", info.Mode(), err)
-	}
-}
-
-// TestGroup checks that writes that share a way to the disk do not share an
-// outcome.
-func TestGroup(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "kuma.db")
-	s := open(t, path)
-	var all sync.WaitGroup
-	var mu sync.Mutex
-	made := map[string]int{}
-	for range 32 {
-		all.Go(func() {
-			for i := range 10 {
-				name := fmt.Sprint("n", i)
-				_, err := s.Put(t.Context(), store.Create(fruit(name, 10)), store.Set(fruit("shared", i)))
-				if err == nil {
-					mu.Lock()
-					made[name]++
-					mu.Unlock()
-				} else if !errs.Is(err, errs.Conflict) {
-					t.Error(err)
-				}
+	storetest.RunKept(t, 4096, func(t *testing.T) storetest.Opener {
+		path := filepath.Join(t.TempDir(), "kuma.db")
+		t.Cleanup(func() {
+			if info, err := os.Stat(path); err != nil || info.Mode() != 0o600 {
+				t.Errorf("mode %v, %v; want 0600", info.Mode(), err)
 			}
 		})
-	}
-	all.Wait()
-	for i := range 10 {
-		if n := made[fmt.Sprint("n", i)]; n != 1 {
-			t.Errorf("n%d was made %d times", i, n)
-		}
-	}
-	want, revision := content(t, s)
-	if revision != 10 {
-		t.Errorf("revision %d, want 10", revision)
-	}
-	s.Close()
-	same(t, open(t, path), want, revision)
+		return opener(path)
+	})
 }
 
 // TestSecondProcess uses a second Open for a second process: the lock knows no
@@ -189,8 +74,8 @@ func TestSecondProcess(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "kuma.db")
 	s := open(t, path)
 	_, err := tryOpen(path)
-	says(t, err, errs.Unavailable, path, "in use by another control plane", fmt.Sprintf("(process %d)", os.Getpid()), "stop that one")
-	put(t, s, store.Set(fruit("a", 0)))
+	storetest.Says(t, err, errs.Unavailable, path, "in use by another control plane", fmt.Sprintf("(process %d)", os.Getpid()), "stop that one")
+	storetest.Put(t, s, store.Set(storetest.FruitOf("a", 0)))
 	s.Close()
 	open(t, path)
 }
@@ -221,79 +106,12 @@ func TestFirstStarts(t *testing.T) {
 		t.Fatalf("%d of them have the file", len(won))
 	}
 	s := <-won
-	put(t, s, store.Set(fruit("a", 0)))
+	storetest.Put(t, s, store.Set(storetest.FruitOf("a", 0)))
 	s.Close()
 	open(t, path)
 	if left, _ := filepath.Glob(path + "*"); len(left) != 1 {
 		t.Errorf("left behind: %v", left)
 	}
-}
-
-// TestHidden is HRD-26: a resource that can't be read does not stop the others,
-// nor the control plane. It is kept for the version that can read it.
-func TestHidden(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "kuma.db")
-	types := storetest.NewTypes()
-	s := open(t, path)
-	put(t, s, store.Set(fruit("a", 0)), store.Set(fruit("b", 0)), store.Set(types.Basket.Make("", "x", &storetest.FruitSpec{Seeds: 1})))
-	want, revision := content(t, s)
-	s.Close()
-
-	// An older version: no baskets, and fruits have no text in their notes.
-	type older struct {
-		Notes map[string]int `json:"notes"`
-	}
-	old := resource.Define[older](resource.Kind{Name: "Fruit", Scope: resource.Mesh, Shape: resource.Spec}, nil)
-	var log bytes.Buffer
-	c := boltstore.Config{Path: path, Kinds: []*resource.Kind{old.Kind}, Log: slog.New(slog.NewTextHandler(&log, nil))}
-	s, err := boltstore.Open(c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if list, _, _ := s.List(t.Context(), "", ""); len(list) != 0 {
-		t.Errorf("shown: %v", list)
-	}
-	for _, want := range []string{`resource="Fruit \"a\" in mesh \"m\""`, `resource="Fruit \"b\"`, "kind=Basket resources=1"} {
-		if strings.Count(log.String(), want) != 1 {
-			t.Errorf("the log should have %q once: %s", want, log.String())
-		}
-	}
-	// It must not write over what it can't read.
-	_, err = s.Put(t.Context(), store.Set(old.Make("m", "a", &older{})))
-	says(t, err, errs.Conflict, `Fruit "a" in mesh "m"`, "can't read", "the version that wrote it")
-	_, err = s.Put(t.Context(), store.Set(types.Basket.Make("", "x", &storetest.FruitSpec{})))
-	says(t, err, errs.Internal, "does not know this kind")
-	put(t, s, store.Set(old.Make("m", "c", &older{})))
-	put(t, s, store.Remove(old.Key("m", "c")))
-	s.Close()
-	same(t, open(t, path), want, revision+2)
-}
-
-// TestLimits is HRD-25: what is kept has a limit.
-func TestLimits(t *testing.T) {
-	s := open(t, filepath.Join(t.TempDir(), "kuma.db"))
-	for _, c := range []struct {
-		r    *resource.Resource
-		kind errs.Kind
-		says string
-	}{
-		{fruit("a\x00b", 0), errs.Invalid, "NUL"},
-		{fruit(strings.Repeat("n", 5000), 0), errs.Invalid, "the limit is 4096"},
-		{fruit("big", 17<<20), errs.Invalid, "the limit is 16777216"},
-		{storetest.NewTypes().Fruit.Make("m", "a", &storetest.FruitSpec{Taste: inf()}), errs.Internal, "unsupported value"},
-	} {
-		_, err := s.Put(t.Context(), store.Set(fruit("ok", 0)), store.Set(c.r))
-		says(t, err, c.kind, c.says)
-	}
-	if all, revision := content(t, s); len(all) != 0 || revision != 0 {
-		t.Errorf("written: %v", all)
-	}
-	put(t, s, store.Set(fruit(strings.Repeat("n", 4000), 15<<20)))
-}
-
-func inf() float64 {
-	zero := 0.0
-	return 1 / zero
 }
 
 func TestBadPlaces(t *testing.T) {
@@ -318,7 +136,7 @@ func TestBadPlaces(t *testing.T) {
 		{empty, errs.Internal, "it is empty"},
 	} {
 		_, err := tryOpen(c.path)
-		says(t, err, c.kind, c.path, c.says)
+		storetest.Says(t, err, c.kind, c.path, c.says)
 	}
 }
 
@@ -365,22 +183,22 @@ func TestReadOnly(t *testing.T) {
 	path := filepath.Join(dir, "kuma.db")
 	readOnly(t, dir, func(what string) {
 		_, err := tryOpen(path)
-		says(t, err, errs.Unavailable, path, what)
+		storetest.Says(t, err, errs.Unavailable, path, what)
 	})
 	s := open(t, path)
-	put(t, s, store.Set(fruit("a", 0)))
+	storetest.Put(t, s, store.Set(storetest.FruitOf("a", 0)))
 	s.Close()
 	if os.Geteuid() != 0 {
 		if err := os.Chmod(path, 0o400); err != nil {
 			t.Fatal(err)
 		}
 		_, err := tryOpen(path)
-		says(t, err, errs.Unavailable, path, "permission denied", "must be able to read and write")
+		storetest.Says(t, err, errs.Unavailable, path, "permission denied", "must be able to read and write")
 		return
 	}
 	readOnly(t, dir, func(what string) {
 		_, err := tryOpen(path)
-		says(t, err, errs.Unavailable, path, what, "mount it for writing")
+		storetest.Says(t, err, errs.Unavailable, path, what, "mount it for writing")
 	})
 	open(t, path)
 }
@@ -389,7 +207,7 @@ func TestReadOnly(t *testing.T) {
 // goes on with what it has; then, after room, that it writes again.
 func full(t *testing.T, path string, what string, room func()) {
 	s := open(t, path)
-	put(t, s, store.Set(fruit("first", 1000)), store.Set(fruit("second", 1000)))
+	storetest.Put(t, s, store.Set(storetest.FruitOf("first", 1000)), store.Set(storetest.FruitOf("second", 1000)))
 	var err error
 	refused := 0
 	var want map[resource.Key]resource.Resource
@@ -398,26 +216,26 @@ func full(t *testing.T, path string, what string, room func()) {
 		if i == 1000 {
 			t.Fatal("the disk is never full")
 		}
-		want, revision = content(t, s)
-		if _, err = s.Put(t.Context(), store.Remove(fruit("first", 0).Key()), store.Set(fruit(fmt.Sprint(i), 100_000)), store.Set(fruit("first", 0))); !errs.Is(err, errs.Internal) {
+		want, revision = storetest.Content(t, s)
+		if _, err = s.Put(t.Context(), store.Remove(storetest.FruitOf("first", 0).Key()), store.Set(storetest.FruitOf(fmt.Sprint(i), 100_000)), store.Set(storetest.FruitOf("first", 0))); !errs.Is(err, errs.Internal) {
 			t.Fatalf("a key twice: %v", err)
 		}
-		if _, err = s.Put(t.Context(), store.Set(fruit(fmt.Sprint(i), 100_000)), store.Set(fruit("first", i))); err != nil {
+		if _, err = s.Put(t.Context(), store.Set(storetest.FruitOf(fmt.Sprint(i), 100_000)), store.Set(storetest.FruitOf("first", i))); err != nil {
 			refused++
-			says(t, err, errs.Unavailable, path, what, "nothing was changed")
-			same(t, s, want, revision)
+			storetest.Says(t, err, errs.Unavailable, path, what, "nothing was changed")
+			storetest.Same(t, s, want, revision)
 		}
 	}
-	if _, err := s.Get(t.Context(), fruit("second", 0).Key()); err != nil {
+	if _, err := s.Get(t.Context(), storetest.FruitOf("second", 0).Key()); err != nil {
 		t.Errorf("reading: %v", err)
 	}
 	room()
-	if got := put(t, s, store.Set(fruit("after", 100_000)), store.Remove(fruit("second", 0).Key())); got != revision+1 {
+	if got := storetest.Put(t, s, store.Set(storetest.FruitOf("after", 100_000)), store.Remove(storetest.FruitOf("second", 0).Key())); got != revision+1 {
 		t.Errorf("revision %d, want %d", got, revision+1)
 	}
-	want, revision = content(t, s)
+	want, revision = storetest.Content(t, s)
 	s.Close()
-	same(t, open(t, path), want, revision)
+	storetest.Same(t, open(t, path), want, revision)
 }
 
 func TestDiskFull(t *testing.T) {
@@ -437,7 +255,7 @@ func TestDiskFull(t *testing.T) {
 	}
 	path := filepath.Join(dir, "other.db")
 	_, err := tryOpen(path)
-	says(t, err, errs.Unavailable, path, "no space left on device", "make room")
+	storetest.Says(t, err, errs.Unavailable, path, "no space left on device", "make room")
 	if left, _ := filepath.Glob(path + "*"); len(left) != 0 {
 		t.Errorf("left behind: %v", left)
 	}
@@ -496,9 +314,9 @@ func BenchmarkOpen(b *testing.B) {
 	for i := range 4 {
 		var writes []store.Write
 		for j := range 500 {
-			writes = append(writes, store.Set(fruit(fmt.Sprint(i, "-", j), 2000)))
+			writes = append(writes, store.Set(storetest.FruitOf(fmt.Sprint(i, "-", j), 2000)))
 		}
-		put(b, s, writes...)
+		storetest.Put(b, s, writes...)
 	}
 	s.Close()
 	for b.Loop() {

@@ -9,6 +9,7 @@ import (
 
 	"kuma/internal/errs"
 	"kuma/internal/store"
+	"kuma/internal/store/storetest"
 )
 
 // TestDamage changes a file in many ways. Each must be noticed when the file is
@@ -21,12 +22,12 @@ func TestDamage(t *testing.T) {
 			path := filepath.Join(dir, "kuma.db")
 			s := open(t, path)
 			for i := range size {
-				put(t, s, store.Set(fruit(fmt.Sprint(i), i%50*100)))
+				storetest.Put(t, s, store.Set(storetest.FruitOf(fmt.Sprint(i), i%50*100)))
 			}
 			for i := range size / 3 {
-				put(t, s, store.Remove(fruit(fmt.Sprint(i*3), 0).Key()))
+				storetest.Put(t, s, store.Remove(storetest.FruitOf(fmt.Sprint(i*3), 0).Key()))
 			}
-			want, revision := content(t, s)
+			want, revision := storetest.Content(t, s)
 			s.Close()
 			good, err := os.ReadFile(path)
 			if err != nil {
@@ -39,7 +40,7 @@ func TestDamage(t *testing.T) {
 				}
 				s, err := tryOpen(path)
 				if err != nil {
-					says(t, err, errs.Internal, path, "is damaged", "backup")
+					storetest.Says(t, err, errs.Internal, path, "is damaged", "backup")
 					after, _ := os.ReadFile(path)
 					if string(after) != string(bad) {
 						t.Errorf("%s: the damaged file was changed", what)
@@ -47,24 +48,24 @@ func TestDamage(t *testing.T) {
 					return true
 				}
 				defer s.Close()
-				if got, at := content(t, s); at != revision {
+				if got, at := storetest.Content(t, s); at != revision {
 					// A header page that is not valid means the state before.
 					if at != revision-1 {
 						t.Fatalf("%s: %d resources at revision %d, want %d at %d", what, len(got), at, len(want), revision)
 					}
 					return false
 				}
-				same(t, s, want, revision)
+				storetest.Same(t, s, want, revision)
 				// And what follows must be as good.
-				put(t, s, store.Set(fruit("new", 5000)), store.Set(fruit("1", 10)))
-				after, next := content(t, s)
+				storetest.Put(t, s, store.Set(storetest.FruitOf("new", 5000)), store.Set(storetest.FruitOf("1", 10)))
+				after, next := storetest.Content(t, s)
 				s.Close()
 				s, err = tryOpen(path)
 				if err != nil {
 					t.Fatalf("%s: opened, written, and then: %v", what, err)
 				}
 				defer s.Close()
-				same(t, s, after, next)
+				storetest.Same(t, s, after, next)
 				return false
 			}
 			if try("nothing", good) {
@@ -128,20 +129,20 @@ func TestDamageWhileOpen(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "kuma.db")
 	s := open(t, path)
 	for i := range 100 {
-		put(t, s, store.Set(fruit(fmt.Sprint(i), 1000)))
+		storetest.Put(t, s, store.Set(storetest.FruitOf(fmt.Sprint(i), 1000)))
 	}
-	want, revision := content(t, s)
+	want, revision := storetest.Content(t, s)
 	if err := os.Truncate(path, 8192); err != nil {
 		t.Fatal(err)
 	}
 	for range 2 {
-		_, err := s.Put(t.Context(), store.Set(fruit("new", 0)))
-		says(t, err, errs.Unavailable, path, "can't be written any more", "restart the control plane")
+		_, err := s.Put(t.Context(), store.Set(storetest.FruitOf("new", 0)))
+		storetest.Says(t, err, errs.Unavailable, path, "can't be written any more", "restart the control plane")
 	}
-	same(t, s, want, revision)
+	storetest.Same(t, s, want, revision)
 	if err := s.Close(); err != nil {
 		t.Error(err)
 	}
 	_, err := tryOpen(path)
-	says(t, err, errs.Internal, path, "cut off")
+	storetest.Says(t, err, errs.Internal, path, "cut off")
 }
