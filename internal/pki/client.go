@@ -27,9 +27,11 @@ func (c *ClientPair) Certificate() (*tls.Certificate, error) { return c.pair.Cer
 type Client struct {
 	// Host is the server's name or address.
 	Host string
-	// Anchors verify the server. Nil verifies nothing: whoever is on the way can
-	// be the server.
+	// Anchors verify the server.
 	Anchors *Anchors
+	// Unverified takes whoever answers for the server. Anchors must be nil then,
+	// and only then.
+	Unverified bool
 	// AnyName takes a certificate that Anchors vouch for whatever name it has.
 	AnyName bool
 	// NoSNI keeps the name of the server out of the handshake, where it is in
@@ -56,7 +58,10 @@ func (c *Client) TLS() (*tls.Config, error) {
 		// trusts may be the certificates of clients themselves.
 		cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return pair, nil }
 	}
-	if c.Anchors == nil {
+	if c.Unverified == (c.Anchors != nil) {
+		return nil, errs.New(errs.Internal, "it is not said by what the server is verified")
+	}
+	if c.Unverified {
 		cfg.InsecureSkipVerify = true
 		return cfg, nil
 	}

@@ -105,8 +105,8 @@ func TestClient(t *testing.T) {
 		"full, an address, no SNI":    {pki.Client{Host: "127.0.0.1", Anchors: anchors, NoSNI: true}, "for an address", ""},
 		"any name":                    {pki.Client{Host: "db.test", Anchors: anchors, AnyName: true}, "good, by way, another name, for an address, for another, in the name only", "db.test"},
 		"any name, without SNI":       {pki.Client{Host: "db.test", Anchors: anchors, AnyName: true, NoSNI: true}, "good, by way, another name, for an address, for another, in the name only", ""},
-		"unverified":                  {pki.Client{Host: "db.test"}, "good, by way, another name, another CA, for clients, expired, for an address, for another, in the name only", "db.test"},
-		"unverified, and without SNI": {pki.Client{Host: "db.test", NoSNI: true}, "good, by way, another name, another CA, for clients, expired, for an address, for another, in the name only", ""},
+		"unverified":                  {pki.Client{Host: "db.test", Unverified: true}, "good, by way, another name, another CA, for clients, expired, for an address, for another, in the name only", "db.test"},
+		"unverified, and without SNI": {pki.Client{Host: "db.test", Unverified: true, NoSNI: true}, "good, by way, another name, another CA, for clients, expired, for an address, for another, in the name only", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -139,8 +139,12 @@ func TestClient(t *testing.T) {
 			}
 		})
 	}
-	if _, err := (&pki.Client{Anchors: anchors}).TLS(); err == nil {
-		t.Error("without a name to verify, it would verify none")
+	for name, c := range map[string]pki.Client{
+		"no name to verify": {Anchors: anchors}, "nothing to verify by": {Host: "db.test"}, "both": {Host: "db.test", Anchors: anchors, Unverified: true},
+	} {
+		if _, err := c.TLS(); err == nil {
+			t.Errorf("%s is taken", name)
+		}
 	}
 }
 
