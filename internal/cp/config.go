@@ -92,8 +92,11 @@ type General struct {
 
 // StoreConfig says where resources are kept.
 type StoreConfig struct {
-	// Type is "file" (ours, the default: <workDir>/kuma.db) or "memory".
+	// Type is "file" (ours, the default: <workDir>/kuma.db), "postgres" or
+	// "memory".
 	Type string `json:"type"`
+	// Postgres says where the database is.
+	Postgres Postgres `json:"postgres"`
 	// UnsafeDelete lets a Mesh be deleted while it has Dataplanes.
 	UnsafeDelete bool `json:"unsafeDelete"`
 }
@@ -342,7 +345,7 @@ func Default() Config {
 		},
 		Environment: "universal",
 		Mode:        "zone",
-		Store:       StoreConfig{Type: "file"},
+		Store:       StoreConfig{Type: "file", Postgres: defaultPostgres()},
 		BootstrapServer: BootstrapServer{Params: BootstrapParams{
 			AdminAddress: "127.0.0.1", AdminPort: 9901, EnvoyAdminUnixSocket: true, ReadinessPort: 9902,
 			AdminAccessLogPath: "/dev/null", XDSConnectTimeout: time.Second,

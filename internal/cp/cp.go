@@ -42,6 +42,7 @@ import (
 	"kuma/internal/store"
 	"kuma/internal/store/boltstore"
 	"kuma/internal/store/memstore"
+	"kuma/internal/store/pgstore"
 	"kuma/internal/upkeep"
 	"kuma/internal/xds"
 )
@@ -52,10 +53,12 @@ type ControlPlane struct {
 	cfg Config
 	log *slog.Logger
 
-	store   store.Store
-	close   func() error
-	certs   *pki.ControlPlane
-	rotator *pki.Rotator
+	store store.Store
+	close func() error
+	// postgres is the store where that is a database; nil elsewhere.
+	postgres *pgstore.Store
+	certs    *pki.ControlPlane
+	rotator  *pki.Rotator
 	// settling says when the rotator knows all proxies.
 	settling settling
 	tracker  *state.Tracker
@@ -133,13 +136,14 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, errs.New(errs.Unavailable, "make the work directory: %w; choose another one with KUMA_GENERAL_WORK_DIR", err)
 	}
-	if err := c.openStore(filepath.Join(dir, "kuma.db")); err != nil {
-		return nil, err
-	}
-	c.store = counted.store.Wrap(c.store)
 	if err := c.openFiles(); err != nil {
 		return nil, err
 	}
+	cfg.Store.posture(log)
+	if err := c.openStore(ctx, filepath.Join(dir, "kuma.db"), instance); err != nil {
+		return nil, err
+	}
+	c.store = counted.store.Wrap(c.store)
 
 	// The picture, and who keeps it in order.
 	kinds := catalog.Kinds()
@@ -372,10 +376,13 @@ func newAuthority(meshName string, b *mesh.Backend) (cert, key []byte, err error
 	return root.Cert, root.Key, err
 }
 
-func (c *ControlPlane) openStore(path string) error {
-	if c.cfg.Store.Type == "memory" {
+func (c *ControlPlane) openStore(ctx context.Context, path, instance string) error {
+	switch c.cfg.Store.Type {
+	case "memory":
 		c.store = memstore.New()
 		return nil
+	case inPostgres:
+		return c.openPostgres(ctx, instance)
 	}
 	s, err := boltstore.Open(boltstore.Config{Path: path, Kinds: catalog.Kinds(), Log: c.log.With("logger", "store")})
 	if err != nil {
@@ -509,6 +516,7 @@ func (c *ControlPlane) Run(ctx context.Context) error {
 			return err
 		})
 	}
+	part("store", c.followStore)
 	part("tracker", c.tracker.Run)
 	part("certificate files", c.files.Run)
 	part("upkeep", c.keeper.Run)

@@ -29,7 +29,7 @@ func Main(ctx context.Context, args, env []string, stdout, stderr io.Writer) int
 	p.IntVar(&out.maxSize, "log-max-size", 100, "size in megabytes at which a log file is rotated")
 	p.IntVar(&out.maxAge, "log-max-age", 30, "days that rotated log files are kept")
 	p.IntVar(&out.maxFiles, "log-max-retained-files", 1000, "number of rotated log files that are kept")
-	root.AddCommand(runCommand(&out, env), versionCommand())
+	root.AddCommand(runCommand(&out, env), migrateCommand(&out, env), versionCommand())
 	if err := root.ExecuteContext(ctx); err != nil {
 		fmt.Fprintln(stderr, "Error:", err)
 		return 1
@@ -54,19 +54,64 @@ func runCommand(out *logOutput, env []string) *cobra.Command {
 	return c
 }
 
-func run(ctx context.Context, file string, env []string, log *slog.Logger) error {
+// load reads the configuration and tells its warnings.
+func load(file string, env []string, log *slog.Logger) (Config, error) {
 	cfg, warnings, err := Load(file, env)
 	for _, w := range warnings {
 		log.Warn("setting without effect", "warning", w)
 	}
 	if err != nil {
-		return fmt.Errorf("configuration: %w", err)
+		return cfg, fmt.Errorf("configuration: %w", err)
+	}
+	return cfg, nil
+}
+
+func run(ctx context.Context, file string, env []string, log *slog.Logger) error {
+	cfg, err := load(file, env, log)
+	if err != nil {
+		return err
 	}
 	c, err := New(ctx, cfg, log)
+	if stopped(ctx, err) {
+		log.Info("stopped before it served", "error", err)
+		return nil
+	}
 	if err != nil {
 		return err
 	}
 	return c.Run(ctx)
+}
+
+func migrateCommand(out *logOutput, env []string) *cobra.Command {
+	parent := &cobra.Command{Use: "migrate", Short: "Prepare the store's database for this version", Args: cobra.NoArgs}
+	var file string
+	c := &cobra.Command{
+		Use: "up", Short: "Make the tables in the store's database, or bring them up to date", Args: cobra.NoArgs,
+		Example: "  KUMA_STORE_TYPE=postgres kuma-cp migrate up",
+		RunE: func(c *cobra.Command, _ []string) error {
+			log, err := out.open(c.ErrOrStderr())
+			if err != nil {
+				return err
+			}
+			cfg, err := load(file, env, log)
+			if err != nil {
+				return err
+			}
+			changed, err := migrate(c.Context(), cfg, log)
+			if err != nil {
+				return err
+			}
+			done := "DB has already been migrated"
+			if changed {
+				done = "DB has been migrated"
+			}
+			_, err = fmt.Fprintln(c.OutOrStdout(), done, "for Kuma", conf.Build().Version)
+			return err
+		},
+	}
+	c.Flags().StringVarP(&file, "config-file", "c", "", "configuration, YAML; KUMA_* variables win over it")
+	parent.AddCommand(c)
+	return parent
 }
 
 func versionCommand() *cobra.Command {

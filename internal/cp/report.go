@@ -51,6 +51,9 @@ type reporter struct {
 	expiries func() []pki.Expiry
 	// gaps are certificate files that may lack an issuer.
 	gaps func() []pki.Gap
+	// database are the connections to the store's database; nil where there is
+	// none.
+	database func() []*tls.ConnectionState
 	// stats are the statistics of a proxy's Envoy that were ever used, as text.
 	stats func(ctx context.Context, key session.Key) ([]byte, error)
 	now   func() time.Time
@@ -58,12 +61,16 @@ type reporter struct {
 
 // reporter is the TLS report's source.
 func (c *ControlPlane) reporter(instance string, proxies inspector) *reporter {
-	return &reporter{
+	r := &reporter{
 		cfg: c.cfg, instance: instance, conns: &c.conns, peers: c.sessions.Peers, picture: c.tracker.Now, expiries: c.expiries, gaps: c.files.Gaps, now: time.Now,
 		stats: func(ctx context.Context, key session.Key) ([]byte, error) {
 			return proxies.Inspect(ctx, key.Mesh, key.Name, rest.Inspection{What: "stats", UsedOnly: true})
 		},
 	}
+	if c.postgres != nil {
+		r.database = c.postgres.Connections
+	}
+	return r
 }
 
 // known makes the port of an HTTP server known to the TLS report, by its number.
@@ -107,6 +114,7 @@ func (r *reporter) TLSReport(ctx context.Context, meshName string) (rest.TLSRepo
 		Envoys: []rest.TLSEnvoy{}, Certificates: []rest.TLSCertificate{},
 	}
 	found := findings{}
+	report.Database = r.databaseLinks(found)
 	proxies := map[netip.AddrPort]*proxyPeer{}
 	here := map[session.Key]bool{}   // by whether its link is open
 	linked := map[session.Key]bool{} // those that should have one

@@ -18,13 +18,16 @@ func ignored() map[string]string {
 		kubernetes = "this control plane runs without Kubernetes"
 		polling    = "changes are pushed as they happen; nothing is polled"
 		zones      = "this version serves one zone, without a global control plane"
-		postgres   = "this version keeps its state in a file or in memory"
+		memory     = "reads are served from memory, and never from the database"
 		later      = "this version does not have the part that it configures"
 	)
 	return map[string]string{
 		"runtime.kubernetes": kubernetes, "KUMA_RUNTIME_KUBERNETES_*": kubernetes, "KUMA_INJECTOR_*": kubernetes,
 		"store.kubernetes": kubernetes, "experimental.kubeOutboundsAsVIPs": kubernetes, "experimental.sidecarContainers": kubernetes,
-		"store.postgres": postgres, "store.cache": "reads are served from memory and never stale", "store.upsert": "writes that collide are planned anew at once",
+		"store.postgres.readReplica": memory, "store.postgres.maxListQueryElements": memory,
+		"store.postgres.maxIdleConnections":      "what is idle is closed after maxConnectionIdleTime, however much it is",
+		"KUMA_STORE_POSTGRES_TLS_ROOT_CERT_PATH": "the variable is KUMA_STORE_POSTGRES_TLS_CA_PATH",
+		"store.cache":                            "reads are served from memory and never stale", "store.upsert": "writes that collide are planned anew at once",
 		"xdsServer.dataplaneConfigurationRefreshInterval": polling, "xdsServer.nackBackoff": "what Envoy refused is sent again when it changes",
 		"dpServer.hds.refreshInterval": polling, "runtime.universal.vipRefreshInterval": polling, "runtime.universal.workload": polling, "runtime.universal.spire": later, "runtime.universal.zoneResourceCleanupAge": zones, "meshService.generationInterval": polling,
 		"meshService.labelPropagation": later, "coreResources": later, "policies": later, "ipam": later, "dnsServer": later,
@@ -64,8 +67,12 @@ func (c *Config) check() error {
 	if c.Mode != "zone" && c.Mode != "standalone" {
 		add("mode", "%q is not served by this version; use \"zone\"", c.Mode)
 	}
-	if c.Store.Type != "file" && c.Store.Type != "memory" {
-		add("store.type", "%q is not served by this version; use \"file\" or \"memory\"", c.Store.Type)
+	switch c.Store.Type {
+	case "file", "memory":
+	case inPostgres:
+		bad = append(bad, c.Store.Postgres.check()...)
+	default:
+		add("store.type", "%q is not served by this version; use \"file\", \"postgres\" or \"memory\"", c.Store.Type)
 	}
 	if c.Multizone.Zone.Name == "" || len(c.Multizone.Zone.Name) > 63 {
 		add("multizone.zone.name", "must have 1 to 63 characters")

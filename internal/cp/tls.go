@@ -299,7 +299,7 @@ func (c *ControlPlane) openFiles() error {
 // ownAuthorities are those of the control plane itself. It has none where the
 // general pair is the operator's.
 func (c *ControlPlane) ownAuthorities() []*x509.Certificate {
-	if c.cfg.General.TLSCertFile != "" {
+	if c.cfg.General.TLSCertFile != "" || c.certs == nil { // it may still wait for its store
 		return nil
 	}
 	own, _, err := pki.ReadAnchors(c.certs.CA())

@@ -51,7 +51,12 @@ func (a *app) tlsReportCommand() *cobra.Command {
 type tlsReport struct {
 	Instance string
 	Store    string
-	Servers  []struct {
+	Database []struct {
+		Address, Name, User, Version, Group, Cipher, VerifiedBy string
+		Connections                                             int
+		Certificate                                             *tlsCertificate
+	}
+	Servers []struct {
 		Name, Address, MinVersion, ClientCertificates string
 		TLS                                           bool
 		Certificate                                   *tlsCertificate
@@ -152,9 +157,32 @@ func (a *app) tlsTables(r *tlsReport) error {
 		}
 		rows = append(rows, []string{s.Name, s.Address, protocol, dash(s.ClientCertificates), s.Certificate.subject(), s.Certificate.issuer(), s.Certificate.end(now)})
 	}
-	if err := table("Servers of "+printable(r.Instance)+" (store: "+printable(r.Store)+", not reached over a network)", 0,
+	reached := ", not reached over a network"
+	if len(r.Database) > 0 {
+		reached = ""
+	}
+	if err := table("Servers of "+printable(r.Instance)+" (store: "+printable(r.Store)+reached+")", 0,
 		[]string{"NAME", "ADDRESS", "PROTOCOL", "CLIENT CERTIFICATES", "CERTIFICATE", "ISSUER", "ENDS"}, rows); err != nil {
 		return err
+	}
+	rows = nil
+	for _, d := range r.Database {
+		version := d.Version
+		switch {
+		case d.Connections == 0:
+			version = "none is open"
+		case version == "":
+			version = "no TLS"
+		}
+		rows = append(rows, []string{
+			d.Name + " as " + d.User, d.Address, strconv.Itoa(d.Connections), version, dash(d.Group), dash(d.Cipher), d.Certificate.subject(), d.Certificate.issuer(), d.Certificate.end(now), d.VerifiedBy,
+		})
+	}
+	if len(rows) > 0 {
+		if err := table("Connections to the store", 0,
+			[]string{"DATABASE", "ADDRESS", "OPEN", "PROTOCOL", "KEY EXCHANGE", "CIPHER", "CERTIFICATE", "ISSUER", "ENDS", "VERIFIED BY"}, rows); err != nil {
+			return err
+		}
 	}
 	rows = nil
 	for _, l := range r.Links {

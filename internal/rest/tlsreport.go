@@ -24,8 +24,11 @@ type TLSReport struct {
 	// Instance names the control plane's process that made it.
 	Instance string `json:"instance"`
 	// Store is where resources are kept: "file" or "memory", to which no network
-	// leads.
+	// leads, or "postgres".
 	Store string `json:"store"`
+	// Database are the connections to the store's database that are open, those
+	// that are alike together; absent where the store is none.
+	Database []TLSDatabase `json:"database,omitempty"`
 	// Servers are this instance's own ports.
 	Servers []TLSServer `json:"servers"`
 	// Links are the connections to them that are open, at most 20,000.
@@ -58,6 +61,28 @@ type TLSServer struct {
 	ClientCertificates string `json:"clientCertificates,omitempty"`
 	// Certificate is the one that it shows now.
 	Certificate *TLSCertificate `json:"certificate,omitempty"`
+}
+
+// TLSDatabase are connections to the store's database that are alike.
+type TLSDatabase struct {
+	// Address is the server's host and port.
+	Address string `json:"address"`
+	// Name is the database's.
+	Name string `json:"name"`
+	// User is who this instance is there.
+	User string `json:"user"`
+	// Connections is how many there are.
+	Connections int `json:"connections"`
+	// Version is the protocol's, such as "TLS 1.3"; empty without TLS.
+	Version string `json:"version"`
+	// Group is that of the key exchange, such as "X25519MLKEM768".
+	Group string `json:"group"`
+	// Cipher is the cipher suite, by its name in TLS's registry.
+	Cipher string `json:"cipher"`
+	// Certificate is what the server showed.
+	Certificate *TLSCertificate `json:"certificate,omitempty"`
+	// VerifiedBy says by what this instance knows the server.
+	VerifiedBy string `json:"verifiedBy"`
 }
 
 // TLSLink is one open connection.
