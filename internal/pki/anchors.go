@@ -8,6 +8,11 @@ import (
 	"kuma/internal/errs"
 )
 
+// few is how many certificates a file has at most that somebody has put together
+// for one server. More are a bundle such as a system's, which whoever makes the
+// system keeps in order: what has ended in it, and when it ends, says nothing.
+const few = 16
+
 // maxAnchorsPEM is how many bytes a program is given that verifies a server.
 const maxAnchorsPEM = 1 << 20
 
@@ -17,8 +22,8 @@ type Anchors struct{ Pool }
 
 // Anchors loads the certificates by which a server is verified, and watches
 // them: authorities, or a server's own certificate, which then is trusted by
-// itself. Those that have ended are left out, with a warning; there must be one
-// that is valid. Errors begin with the setting, name the file and say how to
+// itself. Those that have ended are left out, with a warning where the file is no
+// bundle of many; there must be one that is valid. Errors begin with the setting, name the file and say how to
 // mend it. The name is that of the Expiry.
 func (f *Files) Anchors(name, setting, file string) (*Anchors, error) {
 	a := &Anchors{Pool{name: name, path: file}}
@@ -56,15 +61,24 @@ func readAnchors(text []byte, now time.Time) (certs []*x509.Certificate, notes [
 	if err != nil {
 		return nil, nil, errs.New(errs.Invalid, "%w; %s", err, mend)
 	}
-	for i, c := range all {
-		if now.After(c.NotAfter) {
-			notes = append(notes, fmt.Sprintf("certificate %d (%s) ended at %s; a server that rests on it is refused", i+1, called(c), c.NotAfter.UTC().Format(time.RFC3339)))
-			continue
+	var ended *x509.Certificate // last
+	for _, c := range all {
+		switch {
+		case !now.After(c.NotAfter):
+			certs = append(certs, c)
+		case ended == nil || c.NotAfter.After(ended.NotAfter):
+			ended = c
 		}
-		certs = append(certs, c)
 	}
 	if len(certs) == 0 {
 		return nil, nil, errs.New(errs.Invalid, "every certificate in it has ended, %s at %s; %s, or check the clock of this machine", called(all[0]), all[0].NotAfter.UTC().Format(time.RFC3339), mend)
+	}
+	if n := len(all) - len(certs); n > 0 && len(all) <= few {
+		what := fmt.Sprintf("%d of its %d certificates have ended, the last of them (%s)", n, len(all), called(ended))
+		if n == 1 {
+			what = fmt.Sprintf("one of its %d certificates (%s) ended", len(all), called(ended))
+		}
+		notes = append(notes, fmt.Sprintf("%s at %s; a server that rests on what has ended is refused", what, ended.NotAfter.UTC().Format(time.RFC3339)))
 	}
 	return certs, notes, nil
 }
@@ -91,9 +105,13 @@ func (a *Anchors) load(all []content, now time.Time) (func(), []string, error) {
 }
 
 // life is that of the certificate that ends last: while a server's authority is
-// replaced the file has the old one and the new one.
+// replaced the file has the old one and the new one. A bundle of many has none.
 func (a *Anchors) life() (begin, end time.Time) {
-	for _, c := range a.now.Load().certs {
+	certs := a.now.Load().certs
+	if len(certs) > few {
+		return begin, end
+	}
+	for _, c := range certs {
 		if c.NotAfter.After(end) {
 			begin, end = c.NotBefore, c.NotAfter
 		}

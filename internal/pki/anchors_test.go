@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"kuma/internal/errs"
@@ -85,6 +86,17 @@ func TestAnchors(t *testing.T) {
 			t.Errorf("%s: %d lines: %s", name, lines, &log)
 		}
 	}
+	// Several that have ended are one warning, with the one that ended last.
+	older := mint(t, nil, func(c *x509.Certificate) {
+		asCA(c)
+		c.NotBefore, c.NotAfter = time.Now().Add(-3*time.Hour), time.Now().Add(-2*time.Hour)
+	})
+	log.Reset()
+	put(text(older, one, old))
+	files.Look()
+	if said := log.String(); strings.Count(said, "level=WARN") != 1 || !strings.Contains(said, "2 of its 3 certificates have ended, the last of them ("+old.cert.Subject.String()+") at ") {
+		t.Errorf("the log says %s", said)
+	}
 	// A server's own certificate is trusted by itself.
 	put(text(one, two, self))
 	files.Look()
@@ -97,4 +109,40 @@ func TestAnchors(t *testing.T) {
 	if _, err := files.Anchors("ca", "--ca", filepath.Dir(file)); err == nil || !strings.Contains(err.Error(), "name the file itself") {
 		t.Errorf("a directory: %v", err)
 	}
+}
+
+// TestBundle: a bundle of many, such as a system's, is nobody's to keep in order:
+// nothing is said of those in it that have ended, and nothing of its age.
+func TestBundle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var bundle []byte
+		ended := mint(t, nil, func(c *x509.Certificate) {
+			asCA(c)
+			c.NotBefore, c.NotAfter = time.Now().Add(-2*time.Hour), time.Now().Add(-time.Hour)
+		})
+		var one []byte
+		for range 17 {
+			one = certPEM(mint(t, nil, asCA))
+			bundle = append(bundle, one...)
+		}
+		few, many := filepath.Join(t.TempDir(), "few.pem"), filepath.Join(t.TempDir(), "many.pem")
+		write(t, few, bundle[:len(bundle)-len(one)])
+		write(t, many, append(bundle, certPEM(ended)...))
+		watch, log := files()
+		for _, file := range []string{few, many} {
+			if _, err := watch.Anchors("ca", "--ca", file); err != nil {
+				t.Fatal(err)
+			}
+		}
+		time.Sleep(8 * pki.Year)
+		watch.Look()
+		if said := log.lines("level="); len(said) != 1 || !strings.Contains(said[0], few) {
+			t.Errorf("the log says %q", said)
+		}
+		write(t, many, append(bytes.Clone(bundle), append(certPEM(ended), '\n')...))
+		watch.Look()
+		if said := log.lines("took over"); len(said) != 1 || strings.Contains(said[0], "until") {
+			t.Errorf("the log says %q", said)
+		}
+	})
 }
