@@ -47,7 +47,7 @@ unit: ## what needs nothing but Go
 e2e: build ## end to end: Envoy of this version, and a smoke test with the oldest supported
 	@tools/need.sh curl openssl
 	ENVOY="$(call envoy_path,$(ENVOY_VERSION))"; export ENVOY BIN="$(CURDIR)/bin"; \
-	go test -tags e2e -count=1 -timeout 15m ./test/e2e/... ./internal/dp/... ./internal/proxy/...
+	go test -tags e2e -count=1 -timeout 45m ./test/e2e/... ./internal/dp/... ./internal/proxy/...
 	tools/e2e-smoke.sh $(if $(ENVOY),,$(ENVOY_OLDEST))
 
 test-long: build ## what takes long by its nature: every Envoy, long fuzzing, a scanner of TLS, a whole Prometheus, endurance

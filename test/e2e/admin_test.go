@@ -38,7 +38,7 @@ func (r *room) adminClient(ca *pki.AdminCA) (*http.Client, *tls.Config) {
 	config, err := ca.Client("default", "web")
 	r.must(err)
 	t := &http.Transport{TLSClientConfig: config, DisableKeepAlives: true}
-	return &http.Client{Transport: t, Timeout: 10 * time.Second}, config
+	return &http.Client{Transport: t, Timeout: attempt}, config
 }
 
 // inspected checks that kumactl shows all pages of a proxy.
@@ -128,7 +128,7 @@ func TestInspectWithoutLink(t *testing.T) {
 	proxys := config.Clone()
 	proxys.Certificates, proxys.GetClientCertificate = nil, func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &pair, nil }
 	for name, c := range map[string]*tls.Config{"no certificate": nobody, "another authority's": forged, "a proxy's own": proxys} {
-		client := &http.Client{Transport: &http.Transport{TLSClientConfig: c, DisableKeepAlives: true}, Timeout: 10 * time.Second}
+		client := &http.Client{Transport: &http.Transport{TLSClientConfig: c, DisableKeepAlives: true}, Timeout: attempt}
 		for _, path := range []string{"/ready", "/stats"} {
 			if code, _, err := get(client, path); err == nil {
 				t.Errorf("%s is answered on %s: %d", name, path, code)

@@ -124,7 +124,7 @@ func (r *room) checkHealth(port int) error {
 		return err
 	}
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(r.ctx, 3*time.Second)
+	ctx, cancel := context.WithTimeout(r.ctx, attempt)
 	defer cancel()
 	out, err := grpc_health_v1.NewHealthClient(conn).Check(ctx, &grpc_health_v1.HealthCheckRequest{})
 	if err == nil && out.GetStatus() != grpc_health_v1.HealthCheckResponse_SERVING {
@@ -146,7 +146,7 @@ func client(two bool) *http.Client {
 	t := &http.Transport{Protocols: new(http.Protocols)}
 	t.Protocols.SetHTTP1(!two)
 	t.Protocols.SetUnencryptedHTTP2(two)
-	return &http.Client{Timeout: 10 * time.Second, Transport: t}
+	return &http.Client{Timeout: attempt, Transport: t}
 }
 
 // fetch makes a request to a port of this host.
@@ -205,7 +205,7 @@ type line struct {
 
 // dial connects to an echo and hears it once.
 func dial(port int) (*line, error) {
-	c, err := net.DialTimeout("tcp4", "127.0.0.1:"+strconv.Itoa(port), 3*time.Second)
+	c, err := net.DialTimeout("tcp4", "127.0.0.1:"+strconv.Itoa(port), attempt)
 	if err != nil {
 		return nil, err
 	}
@@ -219,7 +219,7 @@ func dial(port int) (*line, error) {
 
 // say says something and expects it to come back.
 func (l *line) say(s string) error {
-	_ = l.SetDeadline(time.Now().Add(3 * time.Second))
+	_ = l.SetDeadline(time.Now().Add(attempt))
 	if _, err := io.WriteString(l, s+"\n"); err != nil {
 		return err
 	}
@@ -243,8 +243,8 @@ func (r *room) dials(port int) *line {
 }
 
 // closed waits until the peer ends the connection.
-func (l *line) closed(within time.Duration) error {
-	_ = l.SetReadDeadline(time.Now().Add(within))
+func (l *line) closed() error {
+	_ = l.SetReadDeadline(time.Now().Add(patience))
 	_, err := l.r.ReadByte()
 	if err == nil {
 		return errors.New("it still speaks")

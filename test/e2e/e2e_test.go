@@ -29,6 +29,14 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
+const (
+	// patience is how long a test waits for what takes a second at most on a
+	// machine with nothing else to do; attempt is how long it gives each of the
+	// attempts that it makes meanwhile.
+	patience = time.Minute
+	attempt  = 20 * time.Second
+)
+
 // room is a lab that a test has for itself.
 type room struct {
 	*testing.T
@@ -55,7 +63,7 @@ func open(t *testing.T) *room {
 	}
 	r := &room{T: t, Lab: lab.New(dir, bin, envoy), self: []string{self}}
 	var cancel context.CancelFunc
-	r.ctx, cancel = context.WithTimeout(t.Context(), 2*time.Minute)
+	r.ctx, cancel = context.WithTimeout(t.Context(), 10*time.Minute)
 	t.Cleanup(func() {
 		cancel()
 		r.Close()

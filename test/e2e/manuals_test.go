@@ -48,7 +48,7 @@ func TestManuals(t *testing.T) {
 		t.Run(strings.TrimSuffix(filepath.Base(file), ".txtar"), func(t *testing.T) {
 			r := open(t)
 			testscript.Run(t, testscript.Params{
-				Files: []string{file}, RequireExplicitExec: true, Deadline: time.Now().Add(2 * time.Minute),
+				Files: []string{file}, RequireExplicitExec: true, Deadline: time.Now().Add(10 * time.Minute),
 				WorkdirRoot: r.Dir,
 				Setup:       func(env *testscript.Env) error { return r.manual(env) },
 				Cmds: map[string]func(*testscript.TestScript, bool, []string){
@@ -176,7 +176,7 @@ func uncomment(text string) string {
 // run runs a block to its end.
 func (rd *reader) run(ts *testscript.TestScript, text string) (out, problem string, err error) {
 	env, script := rd.block(ts, text)
-	ctx, cancel := context.WithTimeout(rd.room.ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(rd.room.ctx, patience)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "bash", "-c", script)
 	cmd.Dir = ts.MkAbs(".")
@@ -204,7 +204,7 @@ func untilCommand(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Fatalf("usage: until REGEXP FILE")
 	}
 	rd, want := ts.Value(manualKey{}).(*reader), regexp.MustCompile(args[0])
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) {
 		out, problem, err := rd.run(ts, ts.ReadFile(args[1]))
 		if err == nil && want.MatchString(out+problem) {
 			fmt.Fprint(ts.Stdout(), out)
@@ -283,9 +283,25 @@ func logCommand(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) != 2 || rd.running[args[0]] == nil {
 		ts.Fatalf("usage: log NAME REGEXP, of what was started")
 	}
-	if p := rd.running[args[0]]; regexp.MustCompile("(?m)"+args[1]).MatchString(p.Log()) == neg {
-		ts.Fatalf("log %s: match of %q, wanted %v, in:\n%s", args[0], args[1], !neg, p.Log())
+	p, is := rd.running[args[0]], regexp.MustCompile("(?m)"+args[1]).MatchString
+	if !neg {
+		ts.Check(rd.room.said(p, fmt.Sprintf("the log of %s matches %q", args[0], args[1]), is))
+	} else if is(p.Log()) {
+		ts.Fatalf("log %s matches %q:\n%s", args[0], args[1], p.Log())
 	}
+}
+
+// said waits until a process's log is as it should be. One that has ended says
+// no more.
+func (r *room) said(p *lab.Process, what string, is func(log string) bool) error {
+	ctx, cancel := context.WithTimeout(r.ctx, patience)
+	defer cancel()
+	return r.Await(ctx, p, what, func() error {
+		if !is(p.Log()) {
+			return errors.New("it has not said so")
+		}
+		return nil
+	})
 }
 
 // followCommand does what a page of docs/ says, block by block: it writes the
@@ -353,16 +369,15 @@ func (rd *reader) follow(ts *testscript.TestScript, command, want string) {
 			ts.Fatalf("%s: %v\n%s", command, err, rd.running[name].Log())
 		}
 		for line := range strings.SplitSeq(want, "\n") {
-			if log := rd.shown.Replace(rd.running[name].Log()); !regexp.MustCompile(pattern(line)).MatchString(log) {
-				ts.Fatalf("%s: there is no line %q in its log:\n%s", command, line, log)
-			}
+			p, want := rd.running[name], regexp.MustCompile(pattern(line))
+			ts.Check(rd.room.said(p, fmt.Sprintf("the log of %s has a line %q", command, line), func(log string) bool { return want.MatchString(rd.shown.Replace(log)) }))
 		}
 		if fails {
 			delete(rd.running, name)
 		}
 		return
 	}
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) {
 		out, problem, err := rd.run(ts, command)
 		got := strings.TrimSuffix(rd.shown.Replace(out+problem), "\n")
 		if (err != nil) == fails && shows(want, got) {

@@ -6,7 +6,6 @@ import (
 	"context"
 	"fmt"
 	"strings"
-	"time"
 
 	"kuma/test/lab"
 )
@@ -102,10 +101,10 @@ func permit(app string, matches ...string) string {
 // permitAll lets everyone in the mesh call everyone.
 const permitAll = "type: MeshTrafficPermission\nmesh: default\nname: all\nspec:\n  rules:\n  - default:\n      allow:\n      - spiffeID: {type: Prefix, value: spiffe://default}\n"
 
-// await waits until ask has no error, within 20 s.
+// await waits until ask has no error.
 func (r *room) await(what string, ask func() error) {
 	r.Helper()
-	ctx, cancel := context.WithTimeout(r.ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(r.ctx, patience)
 	defer cancel()
 	r.must(r.Await(ctx, nil, what, ask))
 }

@@ -182,7 +182,7 @@ spec:
 	roots.AppendCertsFromPEM(ca)
 	over := func(config *tls.Config) *http.Client {
 		tr := &http.Transport{TLSClientConfig: config, DisableKeepAlives: true}
-		return &http.Client{Timeout: 10 * time.Second, Transport: tr}
+		return &http.Client{Timeout: attempt, Transport: tr}
 	}
 	r.await("metrics are served with the provided certificate", func() error {
 		all, err := r.families(over(&tls.Config{RootCAs: roots}), url("https", secured))

@@ -72,7 +72,7 @@ func (x *xdsClient) ready() error {
 	if err != nil || len(sockets) != 1 {
 		return fmt.Errorf("admin sockets: %v, %v", sockets, err)
 	}
-	c := &http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	c := &http.Client{Timeout: attempt, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", sockets[0])
 	}}}
 	resp, err := c.Get("http://envoy/ready")
@@ -136,7 +136,7 @@ func TestManInTheMiddleOfXDS(t *testing.T) {
 		select {
 		case said := <-door.Refused():
 			t.Logf("%s: %s", show.Name, said)
-		case <-time.After(10 * time.Second):
+		case <-time.After(patience):
 			t.Errorf("%s: it was not refused", show.Name)
 		}
 		if n := door.Heard(); n != 0 {
@@ -228,7 +228,7 @@ func TestManInTheMiddleOfTheMesh(t *testing.T) {
 		select {
 		case said := <-door.Refused():
 			t.Logf("%s: %s", c.name, said)
-		case <-time.After(5 * time.Second):
+		case <-time.After(patience):
 			t.Errorf("%s: it was not refused", c.name)
 		}
 		if n := door.Heard() - before; n != 0 {

@@ -270,7 +270,7 @@ func TestTCPPermission(t *testing.T) {
 	if n := updates() - before; n != 1 {
 		t.Errorf("the inbound's chain was replaced %d times", n)
 	}
-	if err := l.closed(15 * time.Second); err != nil {
+	if err := l.closed(); err != nil {
 		t.Errorf("a connection whose permission went: %v", err)
 	}
 	r.must(next.say("the new one stays"))

@@ -105,7 +105,7 @@ func stranger(r *room, in in) error {
 // nobody without a certificate.
 func encrypted(t *testing.T, p *lab.Proxy, port int) {
 	t.Helper()
-	c, err := tls.DialWithDialer(&net.Dialer{Timeout: 3 * time.Second}, "tcp4", fmt.Sprintf("127.0.0.1:%d", port), &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"kuma"}})
+	c, err := tls.DialWithDialer(&net.Dialer{Timeout: attempt}, "tcp4", fmt.Sprintf("127.0.0.1:%d", port), &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"kuma"}})
 	if err != nil {
 		t.Errorf("%s: no handshake at %d: %v", p.Name, port, err)
 		return
@@ -114,7 +114,7 @@ func encrypted(t *testing.T, p *lab.Proxy, port int) {
 	if v := c.ConnectionState().Version; v != tls.VersionTLS13 {
 		t.Errorf("%s speaks %s at %d", p.Name, tls.VersionName(v), port)
 	}
-	_ = c.SetDeadline(time.Now().Add(3 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(attempt))
 	_, _ = io.WriteString(c, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
 	_, err = io.ReadAll(c)
 	if alert, ok := errors.AsType[tls.AlertError](err); !ok && (err == nil || !strings.Contains(err.Error(), "certificate required")) {

@@ -87,7 +87,7 @@ func TestRefusals(t *testing.T) {
 		p := r.join(cp, "p", yaml, c.o)
 		select {
 		case <-p.Done():
-		case <-time.After(15 * time.Second):
+		case <-time.After(patience):
 			t.Errorf("%s: it goes on:\n%s", c.name, p.Log())
 			p.Kill()
 			continue
@@ -248,7 +248,7 @@ func TestSecondControlPlaneOnOneStore(t *testing.T) {
 	r.must(err)
 	select {
 	case <-p.Done():
-	case <-time.After(20 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("a second control plane runs on the same file")
 	}
 	if p.ExitCode() == 0 || !strings.Contains(p.Log(), "kuma.db") {

@@ -220,7 +220,7 @@ func (w *wires) readable(link *wire, what ...string) {
 
 // fresh is an HTTP client that uses no connection twice.
 func fresh(c *tls.Config) *http.Client {
-	return &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{TLSClientConfig: c, DisableKeepAlives: true}}
+	return &http.Client{Timeout: attempt, Transport: &http.Transport{TLSClientConfig: c, DisableKeepAlives: true}}
 }
 
 // request makes a request and returns the body of its answer, which must be a
@@ -443,7 +443,7 @@ networking:
 	r.ready(a, b)
 
 	// What proxies are for.
-	plainHTTP := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	plainHTTP := &http.Client{Timeout: attempt, Transport: &http.Transport{DisableKeepAlives: true}}
 	visit := func(c *http.Client, address string) error {
 		got, err := w.request(c, http.MethodPost, "http://"+address+"/"+path, body, "X-Planted", head)
 		if err == nil && got != back {
@@ -528,7 +528,7 @@ networking:
 	plain, err := net.Dial("tcp4", directTCP.Addr)
 	r.must(err)
 	r.Cleanup(func() { _ = plain.Close() })
-	_ = plain.SetDeadline(time.Now().Add(10 * time.Second))
+	_ = plain.SetDeadline(time.Now().Add(attempt))
 	_, err = fmt.Fprintln(plain, said)
 	r.must(err)
 	_, err = io.ReadFull(plain, make([]byte, len(said)))

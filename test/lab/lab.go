@@ -310,7 +310,7 @@ func (c *ControlPlane) Verified() (*http.Client, error) {
 	if !pool.AppendCertsFromPEM(pem) {
 		return nil, fmt.Errorf("%s holds no certificate", c.CA)
 	}
-	return &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}}}, nil
+	return &http.Client{Timeout: attempt, Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}}}, nil
 }
 
 // Kumactl runs kumactl against the control plane and returns its stdout.
@@ -431,9 +431,13 @@ func status(url string) error {
 	return nil
 }
 
+// attempt is how long a request may take that takes milliseconds on a machine
+// with nothing else to do. It is shorter than the callers' patience.
+const attempt = 30 * time.Second
+
 // Get fetches a URL over a connection of its own.
 func Get(url string) (code int, body string, err error) {
-	c := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	c := http.Client{Timeout: attempt, Transport: &http.Transport{DisableKeepAlives: true}}
 	defer c.CloseIdleConnections()
 	res, err := c.Get(url)
 	if err != nil {

@@ -43,7 +43,7 @@ func Service(ctx context.Context, args []string) error {
 		reply(w, Answer{Service: *name, Caller: r.Header.Get("x-forwarded-client-cert")})
 	})
 	if *calls != "" {
-		client := &http.Client{Timeout: 5 * time.Second}
+		client := &http.Client{Timeout: 20 * time.Second}
 		mux.HandleFunc("GET /ask", func(w http.ResponseWriter, r *http.Request) { reply(w, ask(r.Context(), client, *calls)) })
 	}
 	l, err := net.Listen("tcp", *listen)

@@ -58,6 +58,10 @@ func (s *Story) InboundPort(name string) int { return s.in[name] }
 // LocalPort is where a service listens, beside its proxy.
 func (s *Story) LocalPort(name string) int { return s.local[name] }
 
+// patience is how long a step may take that takes a second at most on a machine
+// with nothing else to do.
+const patience = time.Minute
+
 // ErrUntrue says that a step was not as it should be.
 var ErrUntrue = errors.New("a step was not as expected")
 
@@ -205,7 +209,7 @@ func (s *Story) call(from string) (Asked, error) {
 // until repeats a call until it has the status, and tells how long that took.
 func (s *Story) until(ctx context.Context, from string, status int) (Asked, time.Duration, error) {
 	began := time.Now()
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	var a Asked
 	err := s.lab.Await(ctx, s.proxies[from].Process, fmt.Sprintf("%s → backend answers %d", from, status), func() error {
@@ -303,7 +307,7 @@ func (s *Story) intrude(ctx context.Context) error {
 		if err != nil {
 			return "", false, err
 		}
-		ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+		ctx, cancel := context.WithTimeout(ctx, patience)
 		defer cancel()
 		var line string
 		backend := s.proxies["backend"]
@@ -383,7 +387,7 @@ func (s *Story) comeBack(ctx context.Context) error {
 		if _, err := s.cp.Kumactl("", "get", "meshtrafficpermission", "backend"); err != nil {
 			return "", false, err
 		}
-		ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+		ctx, cancel := context.WithTimeout(ctx, patience)
 		defer cancel()
 		err := s.lab.Await(ctx, s.cp.Process, "three proxies are connected to the new control plane", s.connected)
 		if err != nil {
