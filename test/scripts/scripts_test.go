@@ -267,7 +267,11 @@ func planeCommand(ts *testscript.TestScript, neg bool, args []string) {
 			s.conn = nil
 		}
 	case "log":
-		if regexp.MustCompile("(?m)"+args[1]).MatchString(s.log.String()) == neg {
+		is := regexp.MustCompile("(?m)" + args[1])
+		for deadline := time.Now().Add(patience); !neg && !is.MatchString(s.log.String()) && time.Now().Before(deadline); {
+			time.Sleep(10 * time.Millisecond) // what it does and what it logs of that are not one moment
+		}
+		if is.MatchString(s.log.String()) == neg {
 			ts.Fatalf("plane log: match of %q, wanted %v, in:\n%s", args[1], !neg, s.log)
 		}
 	default:
