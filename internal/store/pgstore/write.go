@@ -174,7 +174,9 @@ func (s *Store) transact(ctx context.Context, conn *pgx.Conn, token string, revi
 		return false, err
 	}
 	err = tx.Commit(ctx)
-	if errors.Is(err, pgx.ErrTxCommitRollback) || err != nil && !isBroken(err) || pgconn.SafeToRetry(err) {
+	// Only the server's own word is taken for a refusal: the library says of some
+	// errors that nothing was sent, after it was.
+	if errors.Is(err, pgx.ErrTxCommitRollback) || err != nil && !isBroken(err) {
 		return false, err
 	}
 	return true, err
