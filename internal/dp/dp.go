@@ -320,7 +320,7 @@ func (p *proxy) run(ctx, life context.Context, running *sync.WaitGroup, v envoyV
 			// Nobody should be sent here any more.
 			p.state.set(func(s *state) { s.terminating = true })
 			if p.link != nil {
-				p.link.leave(life, lastWord)
+				p.link.leave(life)
 			}
 			if err := e.reason(); err != nil {
 				p.cfg.Log.Error("envoy ended", "error", err)
@@ -344,9 +344,8 @@ const (
 	// is told that it is being waited for.
 	slowWelcome = time.Second
 	// leavePatience is how long the control plane may take to note a leaving.
-	leavePatience = time.Second
-	// lastWord is how long it may take when Envoy is gone already.
-	lastWord = 200 * time.Millisecond
+	// It takes milliseconds, but what is not noted is still sent requests.
+	leavePatience = 5 * time.Second
 	// endPatience is how long Envoy may take to end when it is told to.
 	endPatience = 5 * time.Second
 )
@@ -368,7 +367,7 @@ func (p *proxy) drain(life context.Context, a *admin, e *envoy) error {
 		}
 	}()
 	if p.link != nil {
-		p.link.leave(wait, leavePatience)
+		p.link.leave(wait)
 	}
 	p.cfg.Log.Info("draining Envoy connections")
 	if err := a.post(life, "/healthcheck/fail"); err != nil {

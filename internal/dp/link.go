@@ -346,8 +346,8 @@ func (l *link) tellReady(ready bool, reason string) {
 }
 
 // leave announces that the proxy is about to drain, and waits until the control
-// plane has taken its endpoints out, at most as long as given.
-func (l *link) leave(ctx context.Context, patience time.Duration) {
+// plane has taken its endpoints out, for leavePatience at most.
+func (l *link) leave(ctx context.Context) {
 	l.mu.Lock()
 	l.leaving = true
 	l.mu.Unlock()
@@ -356,13 +356,13 @@ func (l *link) leave(ctx context.Context, patience time.Duration) {
 		return
 	}
 	began := time.Now()
-	t := time.NewTimer(patience)
+	t := time.NewTimer(leavePatience)
 	defer t.Stop()
 	select {
 	case <-l.leaveNoted:
 		l.log.Info("the control plane has taken this proxy's endpoints out", "after", time.Since(began).Round(time.Microsecond))
 	case <-t.C:
-		l.log.Warn("the control plane did not answer that this proxy leaves; draining anyway", "after", patience)
+		l.log.Warn("the control plane did not answer that this proxy leaves; draining anyway", "after", leavePatience)
 	case <-ctx.Done():
 	}
 }
