@@ -3,6 +3,7 @@ package dp
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -156,6 +157,27 @@ func TestSecondSignal(t *testing.T) {
 	r.signals <- os.Interrupt
 	if err := r.end(); err != nil {
 		t.Errorf("ended with %v", err)
+	}
+}
+
+// An answer that can't come any more is not waited for.
+func TestLinkEndsWhileLeaving(t *testing.T) {
+	t.Parallel()
+	p := &plane{serve: answerAll(func(_ *stream, m *linkpb.FromProxy) error {
+		if m.GetLeaving() != nil {
+			return errors.New("the control plane ends as well")
+		}
+		return nil
+	})}
+	p.start(t)
+	r := launch(t, p, nil)
+	r.until("ready", func() bool { code, _, _ := r.ready(); return code == 200 })
+	r.signals <- syscall.SIGTERM
+	if err := r.end(); err != nil {
+		t.Errorf("ended with %v", err)
+	}
+	if !r.logs("the link ended before the control plane had answered that this proxy leaves") {
+		t.Error("it was waited for")
 	}
 }
 

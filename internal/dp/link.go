@@ -51,7 +51,9 @@ type link struct {
 	ready *linkpb.Readiness
 	// out takes what other goroutines have to say; it is nil while no stream is
 	// welcomed.
-	out   chan *linkpb.FromProxy
+	out chan *linkpb.FromProxy
+	// gone is closed when the stream that was welcomed last has ended.
+	gone  chan struct{}
 	admin *admin
 }
 
@@ -219,7 +221,7 @@ func (l *link) greet(s grpc.BidiStreamingClient[linkpb.FromProxy, linkpb.ToProxy
 	l.keys.reconnected(time.Now())
 	l.state.set(func(s *state) { s.refusal = "" })
 	l.mu.Lock()
-	l.out = out
+	l.out, l.gone = out, make(chan struct{})
 	ready := l.ready
 	l.mu.Unlock()
 	if ready != nil {
@@ -232,6 +234,9 @@ func (l *link) greet(s grpc.BidiStreamingClient[linkpb.FromProxy, linkpb.ToProxy
 func (l *link) closed() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.out != nil {
+		close(l.gone)
+	}
 	l.out = nil
 }
 
@@ -350,6 +355,7 @@ func (l *link) tellReady(ready bool, reason string) {
 func (l *link) leave(ctx context.Context) {
 	l.mu.Lock()
 	l.leaving = true
+	gone := l.gone
 	l.mu.Unlock()
 	if !l.say(&linkpb.FromProxy{Message: &linkpb.FromProxy_Leaving{Leaving: &linkpb.Leaving{}}}) {
 		l.log.Warn("leaving could not be announced: the link to the control plane is down")
@@ -361,6 +367,8 @@ func (l *link) leave(ctx context.Context) {
 	select {
 	case <-l.leaveNoted:
 		l.log.Info("the control plane has taken this proxy's endpoints out", "after", time.Since(began).Round(time.Microsecond))
+	case <-gone:
+		l.log.Warn("the link ended before the control plane had answered that this proxy leaves; draining anyway")
 	case <-t.C:
 		l.log.Warn("the control plane did not answer that this proxy leaves; draining anyway", "after", leavePatience)
 	case <-ctx.Done():
