@@ -160,23 +160,24 @@ var errHeld = errors.New("another control plane has the lock")
 // takeOver waits for the lock, makes the database this store's, and reads it.
 func (s *Store) takeOver(ctx context.Context) error {
 	var told time.Time
+	away := false
 	for {
 		by, err := s.try(ctx)
-		if err == nil {
-			return nil
-		}
+		held := errors.Is(err, errHeld)
 		switch {
+		case err == nil:
+			return nil
 		case ctx.Err() != nil:
-			return errs.New(errs.Unavailable, "wait for %s: %w", s.where, ctx.Err())
-		case !errors.Is(err, errHeld) && (told.IsZero() || !isBroken(err) || errors.Is(err, errTables)):
+		case !held && (told.IsZero() || !isBroken(err) || errors.Is(err, errTables)):
 			return s.failed("take over", err)
-		case time.Since(told) < tellEvery:
-		case errors.Is(err, errHeld):
+		case away != held && time.Since(told) < tellEvery:
+			// That was said a moment ago.
+		case held:
 			s.log.Info("another control plane serves from the database; this one stands by", "store", s.where, "serving", by.instance, "since", by.since)
-			told = time.Now()
+			told, away = time.Now(), false
 		default:
 			s.log.Warn("the database can't be reached; this control plane goes on standing by", "store", s.where, "error", s.failed("ask", err))
-			told = time.Now()
+			told, away = time.Now(), true
 		}
 		if !pause(ctx, pollEvery) {
 			return errs.New(errs.Unavailable, "wait for %s: %w", s.where, ctx.Err())
@@ -204,34 +205,33 @@ type holding struct {
 }
 
 // try takes the database over, if nobody serves from it. It keeps the
-// connection over calls, in s.lock.
+// connection, in s.lock, for the next time, or while the store serves.
 func (s *Store) try(ctx context.Context) (by holding, err error) {
+	asking, stop := context.WithTimeout(ctx, s.timeout+askLimit)
+	defer stop()
+	defer func() {
+		if err != nil && !errors.Is(err, errHeld) {
+			s.drop()
+		}
+	}()
 	if s.lock == nil {
-		if s.lock, err = s.connectLock(ctx); err != nil {
+		if s.lock, err = s.connectLock(asking); err != nil {
 			return by, err
 		}
-		defer func() {
-			if err != nil && !errors.Is(err, errHeld) {
-				s.drop()
-			}
-		}()
-		asking, stop := context.WithTimeout(ctx, askLimit)
-		defer stop()
 		if err := s.checkSchema(asking, s.lock); err != nil {
 			return by, err
 		}
 	}
-	asking, stop := context.WithTimeout(ctx, askLimit)
-	defer stop()
 	by, got, err := s.ask(asking, s.lock)
 	if err == nil && !got {
-		return by, errHeld
+		err = errHeld
+	}
+	if err == nil {
+		// The wait may have been long.
+		err = s.checkSchema(asking, s.lock)
 	}
 	if err == nil {
 		err = s.take(ctx, s.lock)
-	}
-	if err != nil {
-		s.drop()
 	}
 	return by, err
 }

@@ -96,27 +96,32 @@ func opener(c pgstore.Config) storetest.Opener {
 	}
 }
 
-// standBy opens a store that has to wait, and returns it when it serves.
-func standBy(t *testing.T, c pgstore.Config, name string) <-chan *pgstore.Store {
+// waiting is a store that has to wait until it may serve.
+type waiting struct {
+	log    logged
+	opened chan *pgstore.Store
+}
+
+// standBy opens a store that has to wait.
+func standBy(t *testing.T, c pgstore.Config, name string) *waiting {
 	t.Helper()
-	log := new(logged)
-	c.Instance, c.Log = name, log.logger()
-	out := make(chan *pgstore.Store, 1)
+	w := &waiting{opened: make(chan *pgstore.Store, 1)}
+	c.Instance, c.Log = name, w.log.logger()
 	go func() {
-		defer close(out)
+		defer close(w.opened)
 		s, err := pgstore.Open(t.Context(), c)
 		if err != nil {
 			t.Error(err)
 			return
 		}
 		t.Cleanup(func() { s.Close() })
-		out <- s
+		w.opened <- s
 	}()
-	soon(t, "it stands by", func() bool { return strings.Contains(log.String(), "stands by") })
-	if !strings.Contains(log.String(), "serving=first since=") {
-		t.Errorf("the log should say who serves: %s", log)
+	soon(t, "it stands by", func() bool { return strings.Contains(w.log.String(), "stands by") })
+	if !strings.Contains(w.log.String(), "serving=first since=") {
+		t.Errorf("the log should say who serves: %s", &w.log)
 	}
-	return out
+	return w
 }
 
 // within is what comes before patience ends.
@@ -260,17 +265,22 @@ func TestStandBy(t *testing.T) {
 		_, err := pgstore.Open(ctx, c)
 		waits <- err
 	}()
-	second := standBy(t, c, "second")
+	wire, c2 := newWire(t, c)
+	second := standBy(t, c2, "second")
 	stop()
 	if err := within(t, "the wait ends with its context", waits); !errs.Is(err, errs.Unavailable) || !errors.Is(err, context.Canceled) {
 		t.Errorf("a wait that was ended: %v", err)
 	}
 	storetest.Put(t, first, store.Set(storetest.FruitOf("b", 10)))
 	want, revision := storetest.Content(t, first)
+	// Who stands by goes on doing so where the database is away for a while.
+	wire.sever()
+	soon(t, "it says so", func() bool { return strings.Contains(second.log.String(), "goes on standing by") })
+	wire.mend()
 	if err := first.Close(); err != nil {
 		t.Fatal(err)
 	}
-	s := within(t, "the other takes over", second)
+	s := within(t, "the other takes over", second.opened)
 	storetest.Same(t, s, want, revision)
 	storetest.Put(t, s, store.Set(storetest.FruitOf("c", 10)))
 	if first.Err() != nil {
@@ -307,7 +317,7 @@ func TestFence(t *testing.T) {
 	wire.sever()
 	_, err := first.Put(t.Context(), store.Set(storetest.FruitOf("b", 10)))
 	storetest.Says(t, err, errs.Unavailable, "nothing was changed", fmt.Sprint("127.0.0.1:", c.Port))
-	s := within(t, "the other takes over", second)
+	s := within(t, "the other takes over", second.opened)
 	storetest.Put(t, s, store.Set(storetest.FruitOf("c", 10)))
 	want, revision := storetest.Content(t, s)
 	if first.Err() != nil {
@@ -378,6 +388,18 @@ func TestLockAgain(t *testing.T) {
 	if got := server.Query(c.Database, "select count(*) from pg_locks where locktype = 'advisory'"); got != "1" {
 		t.Errorf("%s locks, want 1", got)
 	}
+	server.Stop()
+	soon(t, "it says that the lock can't be had", func() bool { return strings.Contains(log.String(), "reads go on") })
+	_, err := s.Put(t.Context(), store.Set(storetest.FruitOf("a", 7)))
+	storetest.Says(t, err, errs.Unavailable, "write to", "connection refused", c.Database, fmt.Sprint(c.Port), "nothing was changed")
+	if said := log.String() + err.Error(); strings.Contains(said, postgres.Password) {
+		t.Errorf("the password was said: %s", said)
+	}
+	server.Launch()
+	soon(t, "writes go on", func() bool {
+		_, err := s.Put(t.Context(), store.Set(storetest.FruitOf("a", 8)))
+		return err == nil
+	})
 }
 
 // writer writes transactions to a store until it is stopped, and knows what
@@ -535,17 +557,17 @@ func TestAnswerLost(t *testing.T) {
 					return false
 				}
 			})
+			done := make(chan error, 1)
+			go func() {
+				_, err := s.Put(t.Context(), store.Set(storetest.FruitOf("b", 1)))
+				done <- err
+			}()
 			if c.carried {
-				// When the server has made it, its answer gets lost.
-				go func() {
-					for server.Query(config.Database, "select revision from mesh_state") != "2" {
-						time.Sleep(time.Millisecond)
-					}
-					wire.cut()
-					wire.set(func() { wire.answerless = false })
-				}()
+				soon(t, "the server has made it", func() bool { return server.Query(config.Database, "select revision from mesh_state") == "2" })
+				wire.cut()
+				wire.set(func() { wire.answerless = false })
 			}
-			_, err := s.Put(t.Context(), store.Set(storetest.FruitOf("b", 1)))
+			err := within(t, "the write ends", done)
 			if c.says == "" && err != nil {
 				t.Fatal(err)
 			}
