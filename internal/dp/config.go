@@ -2,8 +2,10 @@ package dp
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/url"
@@ -14,6 +16,7 @@ import (
 	"time"
 
 	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
 
 	"kuma/internal/errs"
 )
@@ -428,13 +431,68 @@ const (
 	maxDataplane = 1 << 20
 )
 
+// pipePatience is how long a pipe is waited for that stands in place of a file:
+// whoever writes into it may have to ask a control plane first.
+const pipePatience = 30 * time.Second
+
 func readLimited(file string, limit int64) ([]byte, error) {
-	f, err := os.Open(file)
+	return readWithin(file, limit, pipePatience)
+}
+
+// readWithin reads a file of at most limit bytes. Where it is a pipe, such as a
+// shell makes it of <(command), what is written into it has to come, whole,
+// within the patience.
+func readWithin(file string, limit int64, patience time.Duration) ([]byte, error) {
+	f, err := os.OpenFile(file, os.O_RDONLY|unix.O_NONBLOCK, 0) // a pipe's open does not wait for its writer
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	return readAll(f, limit)
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if info.Mode()&fs.ModeNamedPipe == 0 {
+		return readAll(f, limit)
+	}
+	end := time.Now().Add(patience)
+	ready, err := awaitInput(f, end)
+	if err == nil && !ready {
+		err = fmt.Errorf("it is a pipe into which nobody has written anything within %v", patience)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := f.SetReadDeadline(end); err != nil {
+		return nil, err
+	}
+	b, err := readAll(f, limit)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = fmt.Errorf("it is a pipe whose writer has not ended within %v", patience)
+	}
+	return b, err
+}
+
+// awaitInput waits until a file can be read, or a pipe's writer was there and has
+// gone; false where nothing of this has come by the end.
+func awaitInput(f *os.File, end time.Time) (ready bool, err error) {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return false, err
+	}
+	var failed error
+	err = raw.Control(func(fd uintptr) {
+		on := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		for {
+			n, err := unix.Poll(on, int(max(time.Until(end), 0)/time.Millisecond))
+			if errors.Is(err, unix.EINTR) {
+				continue
+			}
+			ready, failed = n > 0, err
+			return
+		}
+	})
+	return ready, errors.Join(err, failed)
 }
 
 func readAll(r io.Reader, limit int64) ([]byte, error) {
