@@ -216,7 +216,9 @@ func TestWhoIsCutOff(t *testing.T) {
 	proxy.Deaf(true)
 	for _, step := range []string{"prepare", "distribute", "switch", "retire"} {
 		status, body := call(t, cfg, "POST", "/ca/control-plane/rotation", `{"step":"`+step+`","force":true}`)
-		var answer struct{ CutOff []struct{ Mesh, Name, Reason string } }
+		var answer struct {
+			CutOff []struct{ Mesh, Name, Reason string }
+		}
 		if err := json.Unmarshal(body, &answer); err != nil || status != http.StatusOK {
 			t.Fatalf("%s: %d %s, %v", step, status, body, err)
 		}

@@ -182,6 +182,21 @@ func (c *ControlPlane) openAdmin(api rest.Config, users auth.AuthenticatorConfig
 		return nil
 	}
 	log := c.log.With("logger", "admin-server")
+	if err := c.bindAdmin(api, users, log); err != nil {
+		return err
+	}
+	local, public := cfg.ports()
+	log.Warn("the admin server of version 0.7 is open; it is deprecated: the API server issues tokens today (POST /tokens/dataplane, kumactl generate dataplane-token)",
+		"address", fmt.Sprintf("127.0.0.1:%d", local))
+	if cfg.Public.Enabled {
+		log.Warn("the admin server is open to other machines, for those who show a client certificate", "interface", cmp.Or(cfg.Public.Interface, "all"), "port", public)
+	}
+	return nil
+}
+
+// bindAdmin opens the ports of the admin server.
+func (c *ControlPlane) bindAdmin(api rest.Config, users auth.AuthenticatorConfig, log *slog.Logger) error {
+	cfg := c.cfg.AdminServer
 	if name := c.cfg.General.AdvertisedHostname; name != "" {
 		users.Hosts = []string{name}
 	}
@@ -214,8 +229,6 @@ func (c *ControlPlane) openAdmin(api rest.Config, users auth.AuthenticatorConfig
 		return err
 	}
 	lp, pp := cfg.ports()
-	log.Warn("the admin server of version 0.7 is open; it is deprecated: the API server issues tokens today (POST /tokens/dataplane, kumactl generate dataplane-token)",
-		"address", fmt.Sprintf("127.0.0.1:%d", lp))
 	if !cfg.Public.Enabled {
 		l, err := open("KUMA_ADMIN_SERVER_LOCAL_PORT", "127.0.0.1", lp)
 		if err != nil {
@@ -245,7 +258,6 @@ func (c *ControlPlane) openAdmin(api rest.Config, users auth.AuthenticatorConfig
 	if name := c.cfg.General.AdvertisedHostname; name != "" && !slices.ContainsFunc(pair.SANs(), func(san string) bool { return strings.EqualFold(san, name) }) {
 		log.Warn("the admin server's certificate does not have the advertised host name: clients that use the name will refuse it", "file", cfg.Public.TLSCertFile, "advertised_hostname", name, "names", pair.SANs())
 	}
-	log.Warn("the admin server is open to other machines, for those who show a client certificate", "interface", cmp.Or(cfg.Public.Interface, "all"), "port", pp)
 	host := cfg.Public.Interface
 	if lp == pp && (host == "" || host == "0.0.0.0" || host == "::") {
 		l, err := open("KUMA_ADMIN_SERVER_LOCAL_PORT", host, lp)

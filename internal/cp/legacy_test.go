@@ -276,6 +276,24 @@ func TestAdminServerPublic(t *testing.T) {
 	}
 }
 
+// A door that can't be opened is not said to be open.
+func TestAdminServerPortInUse(t *testing.T) {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = taken.Close() }()
+	cfg, yes := config(t), true
+	cfg.AdminServer.Enabled, cfg.AdminServer.Local.Port = &yes, uint32(taken.Addr().(*net.TCPAddr).Port)
+	var log bytes.Buffer
+	if _, err := cp.New(t.Context(), cfg, slog.New(slog.NewTextHandler(&log, nil))); err == nil || !strings.Contains(err.Error(), "KUMA_ADMIN_SERVER_LOCAL_PORT") {
+		t.Errorf("%v", err)
+	}
+	if strings.Contains(log.String(), "is open") {
+		t.Errorf("the log says %s", &log)
+	}
+}
+
 // What opens the admin server, and what of its settings is refused.
 func TestAdminServerSettings(t *testing.T) {
 	t.Parallel()
