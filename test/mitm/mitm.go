@@ -289,6 +289,9 @@ type DoorConfig struct {
 	// protocols are the client's own choice.
 	To  string
 	TLS *tls.Config
+	// Postgres says that both sides speak PostgreSQL, where a client asks for TLS
+	// before it begins with it.
+	Postgres bool
 	// Serve, where To is empty, speaks with the client instead.
 	Serve func(net.Conn)
 	// ClientCAs, where set, has the door demand a client's certificate.
@@ -376,6 +379,10 @@ func (d *Door) run(l net.Listener) {
 
 func (d *Door) pass(raw net.Conn) {
 	defer d.keep(raw)()
+	_ = raw.SetDeadline(time.Now().Add(30 * time.Second))
+	if d.cfg.Postgres && askedForTLS(raw) != nil {
+		return
+	}
 	watched := false
 	var behind net.Conn
 	conn := tls.Server(raw, &tls.Config{
@@ -392,7 +399,7 @@ func (d *Door) pass(raw net.Conn) {
 			}
 			out := d.cfg.TLS.Clone()
 			out.NextProtos = hello.SupportedProtos
-			to, err := tls.Dial("tcp", d.cfg.To, out)
+			to, err := d.reach(out)
 			if err != nil {
 				return nil, err
 			}
@@ -403,7 +410,6 @@ func (d *Door) pass(raw net.Conn) {
 			return cfg, nil
 		},
 	})
-	_ = raw.SetDeadline(time.Now().Add(30 * time.Second))
 	err := conn.Handshake()
 	_ = raw.SetDeadline(time.Time{})
 	if behind != nil {
@@ -432,6 +438,59 @@ func (d *Door) pass(raw net.Conn) {
 		_ = conn.Close()
 	})
 	both.Wait()
+}
+
+// reach connects to the server behind the door.
+func (d *Door) reach(cfg *tls.Config) (*tls.Conn, error) {
+	if !d.cfg.Postgres {
+		return tls.Dial("tcp", d.cfg.To, cfg)
+	}
+	raw, err := net.Dial("tcp", d.cfg.To)
+	if err != nil {
+		return nil, err
+	}
+	if cfg.ServerName, _, err = net.SplitHostPort(d.cfg.To); err == nil {
+		err = askForTLS(raw)
+	}
+	conn := tls.Client(raw, cfg)
+	if err == nil {
+		err = conn.Handshake()
+	}
+	if err != nil {
+		_ = raw.Close()
+		return nil, err
+	}
+	return conn, nil
+}
+
+// sslRequest is PostgreSQL's question for TLS (Frontend/Backend Protocol,
+// Message Formats, SSLRequest), to which the answer is one letter.
+const sslRequest = "\x00\x00\x00\x08\x04\xd2\x16\x2f"
+
+func askForTLS(c net.Conn) error {
+	if _, err := io.WriteString(c, sslRequest); err != nil {
+		return err
+	}
+	answer := make([]byte, 1)
+	if _, err := io.ReadFull(c, answer); err != nil {
+		return err
+	}
+	if answer[0] != 'S' {
+		return fmt.Errorf("the server answers %q, not S", answer)
+	}
+	return nil
+}
+
+func askedForTLS(c net.Conn) error {
+	asked := make([]byte, len(sslRequest))
+	if _, err := io.ReadFull(c, asked); err != nil {
+		return err
+	}
+	if string(asked) != sslRequest {
+		return fmt.Errorf("the client says %q, and does not ask for TLS", asked)
+	}
+	_, err := io.WriteString(c, "S")
+	return err
 }
 
 // counted counts what is read.

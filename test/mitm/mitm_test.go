@@ -27,6 +27,7 @@ import (
 	"kuma/internal/pki"
 	"kuma/test/lab"
 	"kuma/test/mitm"
+	"kuma/test/postgres"
 )
 
 // as makes the test binary one of the programs.
@@ -35,6 +36,8 @@ const as = "TEST_AS"
 func TestMain(m *testing.M) {
 	ctx := context.Background()
 	switch os.Getenv(as) {
+	case "kuma-cp":
+		os.Exit(cp.Main(ctx, os.Args[1:], os.Environ(), os.Stdout, os.Stderr))
 	case "kumactl":
 		os.Exit(ctl.Main(os.Args[1:], os.Stdin, os.Stdout, os.Stderr, os.Getenv))
 	case "kuma-dp":
@@ -56,8 +59,8 @@ func TestMain(m *testing.M) {
 // there that matters.
 type client struct {
 	name string
-	// api goes to the API's port; the others go to that for proxies.
-	api bool
+	// to is what it goes to.
+	to func(*testing.T, *bench) mitm.DoorConfig
 	// shown tells which of its connections are shown the certificate in question;
 	// the others are shown a good one. Nil means all.
 	shown func(*tls.ClientHelloInfo) bool
@@ -69,11 +72,52 @@ type client struct {
 
 // clients are all there are. A further one is one line.
 var clients = []client{
-	{"kumactl", true, nil, kumactl, inConfig("caCertFile:", "skipVerify: true, caCertFile:")},
-	{"kumactl with an http:// address", true, nil, kumactlOverTLS, inConfig("caCertFile:", "skipVerify: true, caCertFile:")},
-	{"kuma-dp with an http:// address", false, offersHTTP, kumaDPByAPI, withFlag("--skip-verify")},
-	{"kuma-dp's bootstrap", false, offersHTTP, kumaDP, withFlag("--skip-verify")},
-	{"kuma-dp's link", false, offersGRPC, kumaDP, withFlag("--skip-verify")},
+	{"kumactl", toAPI, nil, kumactl, inConfig("caCertFile:", "skipVerify: true, caCertFile:")},
+	{"kumactl with an http:// address", toAPI, nil, kumactlOverTLS, inConfig("caCertFile:", "skipVerify: true, caCertFile:")},
+	{"kuma-dp with an http:// address", toProxies, offersHTTP, kumaDPByAPI, withFlag("--skip-verify")},
+	{"kuma-dp's bootstrap", toProxies, offersHTTP, kumaDP, withFlag("--skip-verify")},
+	{"kuma-dp's link", toProxies, offersGRPC, kumaDP, withFlag("--skip-verify")},
+	{"kuma-cp's store in PostgreSQL", toDatabase, nil, kumaCP, withEnv("KUMA_STORE_POSTGRES_TLS_MODE=verifyNone")},
+}
+
+func toAPI(_ *testing.T, b *bench) mitm.DoorConfig {
+	return mitm.DoorConfig{To: fmt.Sprintf("localhost:%d", b.cfg.APIServer.HTTPS.Port), TLS: &tls.Config{RootCAs: b.ca}}
+}
+
+func toProxies(_ *testing.T, b *bench) mitm.DoorConfig {
+	return mitm.DoorConfig{To: fmt.Sprintf("localhost:%d", b.cfg.DPServer.Port), TLS: &tls.Config{RootCAs: b.ca}}
+}
+
+// toDatabase starts a PostgreSQL server. It takes passwords as they are: SCRAM
+// is bound to the server's certificate, and so would notice the door by itself.
+func toDatabase(t *testing.T, _ *bench) mitm.DoorConfig {
+	t.Helper()
+	cert, key, err := pki.GenerateTLS("server", []string{"localhost"}, "ecdsa")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := postgres.Start(t, postgres.Options{
+		HBA: []string{"hostssl all all 0.0.0.0/0 password"}, CertFile: write(t, "db.crt", string(cert)), KeyFile: write(t, "db.key", string(key)),
+	})
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(cert)
+	return mitm.DoorConfig{To: fmt.Sprintf("localhost:%d", s.Port), TLS: &tls.Config{RootCAs: pool}, Postgres: true}
+}
+
+func kumaCP(t *testing.T, b *bench, address, ca string) *exec.Cmd {
+	t.Helper()
+	u, err := url.Parse(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := b.program("kuma-cp", "migrate", "up")
+	c.Env = append(c.Env, "KUMA_STORE_TYPE=postgres", "KUMA_STORE_POSTGRES_HOST="+u.Hostname(), "KUMA_STORE_POSTGRES_PORT="+u.Port(), "KUMA_STORE_POSTGRES_USER="+postgres.User,
+		"KUMA_STORE_POSTGRES_PASSWORD="+postgres.Password, "KUMA_STORE_POSTGRES_DB_NAME=postgres", "KUMA_STORE_POSTGRES_TLS_MODE=verifyFull", "KUMA_STORE_POSTGRES_TLS_CA_PATH="+ca)
+	return c
+}
+
+func withEnv(entry string) func(*exec.Cmd) {
+	return func(c *exec.Cmd) { c.Env = append(c.Env, entry) }
 }
 
 func withFlag(flag string) func(*exec.Cmd) {
@@ -271,22 +315,16 @@ func (b *bench) token(t *testing.T, sort, body string) string {
 
 // try has a client meet a certificate, and returns what it wrote and whether it
 // came through; heard is how many bytes the man in the middle got of it.
-func (b *bench) try(t *testing.T, c client, show mitm.Case, change ...func(*exec.Cmd)) (output string, through bool, heard int64, refused bool) {
+func (b *bench) try(t *testing.T, c client, to mitm.DoorConfig, show mitm.Case, change ...func(*exec.Cmd)) (output string, through bool, heard int64, refused bool) {
 	t.Helper()
-	to := b.cfg.DPServer.Port
-	if c.api {
-		to = b.cfg.APIServer.HTTPS.Port
-	}
 	good := b.set.Good[slices.IndexFunc(b.set.Good, func(g mitm.Case) bool { return g.Host == show.Host })]
-	door, err := mitm.Open(mitm.DoorConfig{
-		To: fmt.Sprintf("localhost:%d", to), TLS: &tls.Config{RootCAs: b.ca},
-		Show: func(h *tls.ClientHelloInfo) (mitm.Case, bool) {
-			if c.shown == nil || c.shown(h) {
-				return show, true
-			}
-			return good, false
-		},
-	})
+	to.Show = func(h *tls.ClientHelloInfo) (mitm.Case, bool) {
+		if c.shown == nil || c.shown(h) {
+			return show, true
+		}
+		return good, false
+	}
+	door, err := mitm.Open(to)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -319,10 +357,11 @@ func TestManInTheMiddle(t *testing.T) {
 	}
 	for _, c := range clients {
 		t.Run(c.name, func(t *testing.T) {
+			to := c.to(t, b)
 			for _, show := range b.set.Good {
 				t.Run(show.Name, func(t *testing.T) {
 					t.Parallel()
-					out, through, heard, _ := b.try(t, c, show)
+					out, through, heard, _ := b.try(t, c, to, show)
 					if !through || heard == 0 {
 						t.Errorf("did not get what it came for (%d bytes were heard):\n%s", heard, out)
 					}
@@ -332,7 +371,7 @@ func TestManInTheMiddle(t *testing.T) {
 			// says so, is heard, and is told.
 			t.Run("not verified", func(t *testing.T) {
 				t.Parallel()
-				out, through, heard, _ := b.try(t, c, b.set.Bad[0], c.skip)
+				out, through, heard, _ := b.try(t, c, to, b.set.Bad[0], c.skip)
 				if !through || heard == 0 || !strings.Contains(out, "not verified") {
 					t.Errorf("through %v, heard %d bytes:\n%s", through, heard, out)
 				}
@@ -340,7 +379,7 @@ func TestManInTheMiddle(t *testing.T) {
 			for _, show := range b.set.Bad {
 				t.Run(show.Name, func(t *testing.T) {
 					t.Parallel()
-					out, through, heard, refused := b.try(t, c, show)
+					out, through, heard, refused := b.try(t, c, to, show)
 					if through || heard != 0 || !refused {
 						t.Errorf("through %v, heard %d bytes, refused in the handshake %v:\n%s", through, heard, refused, out)
 					}
@@ -350,6 +389,35 @@ func TestManInTheMiddle(t *testing.T) {
 				})
 			}
 		})
+	}
+}
+
+// TestManInTheMiddleOfPostgres: without a look at names, as verifyCa asks for, a
+// certificate is taken that has no other fault; whatever else may be wrong, it is
+// refused all the same.
+func TestManInTheMiddleOfPostgres(t *testing.T) {
+	b := newBench(t)
+	c := client{"", toDatabase, nil, kumaCP, withEnv("KUMA_STORE_POSTGRES_TLS_MODE=verifyCa")}
+	to := c.to(t, b)
+	names := []string{
+		"for another host", "with a name in its subject alone", "with a wildcard that does not reach", "with a bare wildcard", "for another address", "with the address as a name",
+	}
+	for _, show := range slices.Concat(b.set.Good, b.set.Bad) {
+		i := slices.Index(names, show.Name)
+		if i >= 0 {
+			names = slices.Delete(names, i, i+1)
+		}
+		taken := i >= 0 || strings.HasPrefix(show.Name, "good")
+		t.Run(show.Name, func(t *testing.T) {
+			t.Parallel()
+			out, through, heard, refused := b.try(t, c, to, show, c.skip)
+			if through != taken || (heard > 0) != taken || refused == taken {
+				t.Errorf("through %v, heard %d bytes, refused in the handshake %v:\n%s", through, heard, refused, out)
+			}
+		})
+	}
+	if len(names) > 0 {
+		t.Errorf("there are no certificates %q", names)
 	}
 }
 
