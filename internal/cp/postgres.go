@@ -192,7 +192,13 @@ func (c StoreConfig) posture(log *slog.Logger) {
 	for _, warning := range c.idle() {
 		log.Warn("setting without effect", "warning", warning)
 	}
-	if c.Type != inPostgres || c.Postgres.local() {
+	if c.Type != inPostgres {
+		return
+	}
+	if c.Postgres.local() {
+		if c.Postgres.TLS.Mode == tlsVerifyNone {
+			log.Info("the store's server is not verified; it is on this machine", "store", c.Postgres.at())
+		}
 		return
 	}
 	const mend = "KUMA_STORE_POSTGRES_TLS_MODE=verifyFull, and KUMA_STORE_POSTGRES_TLS_CA_PATH with the authority of the server's certificate"
