@@ -338,6 +338,17 @@ func (s *Server) Reload(hba ...string) {
 	s.must(s.process.Signal(syscall.SIGHUP))
 }
 
+// Certify replaces the server's pair, and what it verifies clients' certificates
+// by, where there was one of each at the start. It counts from the next Reload.
+func (s *Server) Certify(certFile, keyFile, caFile string) {
+	s.t.Helper()
+	for name, file := range map[string]string{"ssl_cert_file": certFile, "ssl_key_file": keyFile, "ssl_ca_file": caFile} {
+		content, err := os.ReadFile(file)
+		s.must(err)
+		s.must(os.WriteFile(filepath.Join(s.dir, name), content, 0o600))
+	}
+}
+
 // Exec runs statements in a database, as its first user.
 func (s *Server) Exec(database, sql string, args ...any) {
 	s.t.Helper()
