@@ -25,6 +25,7 @@ import (
 
 	"kuma/internal/auth"
 	"kuma/internal/catalog"
+	"kuma/internal/conf"
 	"kuma/internal/cp"
 	"kuma/internal/cp/cptest"
 	"kuma/internal/envoy"
@@ -102,6 +103,7 @@ func TestNothingLeaks(t *testing.T) {
 	const field = "planted-value-of-a-field"
 	cfg := config(t)
 	cfg.Store.Type = "memory"
+	cfg.Store.Postgres.Password = conf.NewSecret(password)
 	cfg.Diagnostics.DebugEndpoints = true
 	older := true
 	cfg.AdminServer.Enabled, cfg.AdminServer.Local.Port = &older, config(t).Diagnostics.ServerPort
