@@ -219,7 +219,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	})
 	c.channel = newAdminChannel(c.tracker, c.sessions, cfg.BootstrapServer.Params.AdminPort, log.With("logger", "admin"))
 	c.expiring = append(c.expiring, c.channel.Expiries)
-	gen := &generation{generator: generator, admin: c.channel, log: log.With("logger", "proxy")}
+	gen := &generation{generator: generator, admin: c.channel, tell: c.sessions.SetLeftOut, log: log.With("logger", "proxy")}
 	ads := xds.New(xds.Config{
 		Tracker: c.tracker, Sessions: c.sessions, Generator: gen, Issuer: issuer, Insights: c.insights,
 		Health:    healthChecks(cfg.DPServer.HDS),

@@ -57,7 +57,9 @@ func describe(n *session.Node) proxy.Proxy {
 type generation struct {
 	generator *proxy.Generator
 	admin     *adminChannel
-	log       *slog.Logger
+	// tell tells a proxy's streams what is left out.
+	tell func(key session.Key, leftOut []string)
+	log  *slog.Logger
 	// said maps proxies to the issues that were logged last: each is logged once.
 	said sync.Map
 }
@@ -73,8 +75,14 @@ func (g *generation) Generate(pic *state.Picture, n *session.Node) (envoy.Resour
 	return c.Encode()
 }
 
-// report logs what had to be left out of a proxy's configuration.
+// report logs what had to be left out of a proxy's configuration, and has the
+// proxy told.
 func (g *generation) report(key session.Key, issues []envoy.Issue) {
+	var texts []string
+	for _, i := range issues {
+		texts = append(texts, fmt.Sprintf("%s (because of %s)", i.Message, i.Resource))
+	}
+	g.tell(key, texts)
 	if len(issues) == 0 {
 		g.said.Delete(key)
 		return

@@ -242,6 +242,21 @@ func TestReadyMeansAble(t *testing.T) {
 	if code, body, _ := r.ready(); code != 200 {
 		t.Errorf("a later refusal: %d %s", code, body)
 	}
+	const noPair = "metrics are not served on port 5670: a certificate is missing"
+	leftOut := func(list ...string) {
+		next <- func(s *stream) error {
+			return s.say(&linkpb.ToProxy{Message: &linkpb.ToProxy_ConfigStatus{ConfigStatus: &linkpb.ConfigStatus{Complete: true, LeftOut: list}}})
+		}
+	}
+	leftOut(noPair)
+	leftOut(noPair, "another thing")
+	leftOut()
+	r.until("what is left out", func() bool { return r.logs("nothing is left out of this proxy's configuration any more") })
+	for _, what := range []string{noPair, "another thing"} {
+		if n := strings.Count(r.log.String(), what); n != 1 {
+			t.Errorf("%q is logged %d times", what, n)
+		}
+	}
 }
 
 // What Envoy ends with, kuma-dp ends with, after it has told the control plane

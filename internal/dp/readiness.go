@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -27,6 +28,8 @@ type state struct {
 	linked     bool
 	complete   bool
 	rejections []string
+	// leftOut is what the control plane could not put into the configuration.
+	leftOut []string
 	// refusal is why the control plane doesn't serve this proxy, if so.
 	refusal string
 	// changed is closed and replaced when any of this changes.
@@ -63,10 +66,12 @@ func (s *state) configured(c *linkpb.ConfigStatus) {
 		kind = kind[strings.LastIndexByte(kind, '.')+1:]
 		list = append(list, fmt.Sprintf("%s %s: %s", kind, r.GetResource(), strings.TrimSpace(r.GetMessage())))
 	}
-	var before []string
+	leftOut := c.GetLeftOut()[:min(len(c.GetLeftOut()), 20)]
+	var before, leftBefore []string
 	first := false
 	s.set(func(s *state) {
-		before = s.rejections
+		before, leftBefore = s.rejections, s.leftOut
+		s.leftOut = leftOut
 		first = c.GetComplete() && !s.complete
 		s.complete = s.complete || c.GetComplete()
 		s.rejections = list
@@ -74,6 +79,14 @@ func (s *state) configured(c *linkpb.ConfigStatus) {
 	})
 	if first {
 		s.log.Info("envoy has its complete configuration")
+	}
+	for _, what := range leftOut {
+		if !slices.Contains(leftBefore, what) {
+			s.log.Warn("the control plane leaves something out of this proxy's configuration", "reason", what)
+		}
+	}
+	if len(leftOut) == 0 && len(leftBefore) > 0 {
+		s.log.Info("nothing is left out of this proxy's configuration any more")
 	}
 	if now := strings.Join(list, "\n"); now != "" && now != strings.Join(before, "\n") {
 		message := "envoy refused a part of its configuration; the last good one serves"

@@ -190,11 +190,11 @@ func (c *conn) concerns(x state.Change) bool {
 // tell sends the status of the configuration, when it changed.
 func (c *conn) tell() error {
 	now := c.session.Status()
-	if now.Complete == c.status.Complete && slices.Equal(now.Rejections, c.status.Rejections) {
+	if now.Complete == c.status.Complete && slices.Equal(now.Rejections, c.status.Rejections) && slices.Equal(now.LeftOut, c.status.LeftOut) {
 		return nil
 	}
 	c.status = now
-	m := &linkpb.ConfigStatus{Complete: now.Complete}
+	m := &linkpb.ConfigStatus{Complete: now.Complete, LeftOut: now.LeftOut[:min(len(now.LeftOut), maxRejected)]}
 	for _, r := range now.Rejections[:min(len(now.Rejections), maxRejected)] {
 		m.Rejections = append(m.Rejections, &linkpb.ConfigStatus_Rejection{TypeUrl: r.TypeURL, Resource: r.Resource, Message: r.Message})
 	}

@@ -520,6 +520,14 @@ func TestRefusedConfigurationIsTold(t *testing.T) {
 	if s.GetComplete() || len(s.GetRejections()) != 1 || s.GetRejections()[0].GetResource() != "inbound:127.0.0.1:8080" || !strings.Contains(s.GetRejections()[0].GetMessage(), "Address already in use") {
 		t.Errorf("status %v", s)
 	}
+	// What could not be put into it at all is told too, and that it can be now.
+	key := session.Key{Mesh: "default", Name: "web"}
+	for _, list := range [][]string{{"no certificate"}, {"no certificate", "no port"}, nil} {
+		d.Sessions.SetLeftOut(key, list)
+		if s := hear(c, (*linkpb.ToProxy).GetConfigStatus); !slices.Equal(s.GetLeftOut(), list) || len(s.GetRejections()) != 1 {
+			t.Errorf("status %v, want that %q is left out", s, list)
+		}
+	}
 	c.say(&linkpb.FromProxy{Message: &linkpb.FromProxy_Denials{Denials: &linkpb.Denials{Denials: []*linkpb.Denials_Denial{{Caller: "x"}}, Dropped: 4}}})
 	c.say(&linkpb.FromProxy{}) // what a newer kuma-dp says is not an end
 	c.say(&linkpb.FromProxy{Message: &linkpb.FromProxy_Leaving{Leaving: &linkpb.Leaving{}}})

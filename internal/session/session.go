@@ -8,6 +8,7 @@ import (
 	"context"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -316,20 +317,37 @@ type Status struct {
 	Complete bool
 	// Rejections are what Envoy refuses now. The slice is never changed.
 	Rejections []mesh.Rejection
+	// LeftOut says what could not be put into the configuration: see
+	// Registry.SetLeftOut. The slice is never changed.
+	LeftOut []string
 }
 
-// SetStatus records the status, and signals the proxy's streams.
+// SetStatus records the status, but for LeftOut, and signals the proxy's streams.
 func (st *Stream) SetStatus(s Status) {
 	st.reg.mu.Lock()
 	defer st.reg.mu.Unlock()
 	if st.session.streams[st.Kind] != st {
 		return
 	}
+	s.LeftOut = st.session.status.LeftOut
 	st.session.status = s
 	st.session.notify()
 }
 
-// Status returns the status as ADS recorded it last.
+// SetLeftOut records what could not be put into the configuration of a proxy
+// that is here, and signals its streams where that is another than before.
+func (r *Registry) SetLeftOut(key Key, list []string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s := r.sessions[key]
+	if s == nil || slices.Equal(s.status.LeftOut, list) {
+		return
+	}
+	s.status.LeftOut = list
+	s.notify()
+}
+
+// Status returns the status as it was recorded last.
 func (st *Stream) Status() Status {
 	st.reg.mu.Lock()
 	defer st.reg.mu.Unlock()

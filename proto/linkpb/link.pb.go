@@ -915,12 +915,15 @@ func (*LeaveNoted) Descriptor() ([]byte, []int) {
 	return file_linkpb_link_proto_rawDescGZIP(), []int{9}
 }
 
-// ConfigStatus is what this proxy's Envoy has accepted or refused.
+// ConfigStatus is what this proxy's Envoy has accepted or refused, and what the
+// control plane could not put into its configuration.
 type ConfigStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// All that the proxy's configuration refers to was accepted.
-	Complete      bool                      `protobuf:"varint,1,opt,name=complete,proto3" json:"complete,omitempty"`
-	Rejections    []*ConfigStatus_Rejection `protobuf:"bytes,2,rep,name=rejections,proto3" json:"rejections,omitempty"`
+	Complete   bool                      `protobuf:"varint,1,opt,name=complete,proto3" json:"complete,omitempty"`
+	Rejections []*ConfigStatus_Rejection `protobuf:"bytes,2,rep,name=rejections,proto3" json:"rejections,omitempty"`
+	// What is left out, and why, as sentences a person can act on.
+	LeftOut       []string `protobuf:"bytes,3,rep,name=left_out,json=leftOut,proto3" json:"left_out,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -965,6 +968,13 @@ func (x *ConfigStatus) GetComplete() bool {
 func (x *ConfigStatus) GetRejections() []*ConfigStatus_Rejection {
 	if x != nil {
 		return x.Rejections
+	}
+	return nil
+}
+
+func (x *ConfigStatus) GetLeftOut() []string {
+	if x != nil {
+		return x.LeftOut
 	}
 	return nil
 }
@@ -1136,7 +1146,9 @@ func (x *TrustNoted) GetError() string {
 	return ""
 }
 
-// Credential replaces the token that this proxy presents.
+// Credential replaces the token that this proxy presents. The control plane of
+// this version sends none. kuma-dp takes it, so that it need not be replaced when
+// a later control plane does.
 type Credential struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
@@ -1633,12 +1645,13 @@ const file_linkpb_link_proto_rawDesc = "" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"\t\n" +
 	"\aLeaving\"\f\n" +
 	"\n" +
-	"LeaveNoted\"\xce\x01\n" +
+	"LeaveNoted\"\xe9\x01\n" +
 	"\fConfigStatus\x12\x1a\n" +
 	"\bcomplete\x18\x01 \x01(\bR\bcomplete\x12D\n" +
 	"\n" +
 	"rejections\x18\x02 \x03(\v2$.kuma.link.v1.ConfigStatus.RejectionR\n" +
-	"rejections\x1a\\\n" +
+	"rejections\x12\x19\n" +
+	"\bleft_out\x18\x03 \x03(\tR\aleftOut\x1a\\\n" +
 	"\tRejection\x12\x19\n" +
 	"\btype_url\x18\x01 \x01(\tR\atypeUrl\x12\x1a\n" +
 	"\bresource\x18\x02 \x01(\tR\bresource\x12\x18\n" +
