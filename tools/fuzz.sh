@@ -13,14 +13,14 @@ trap 'rm -f "$log"' EXIT
 
 # run PACKAGE TARGET: fuzzes one target. When the time is up in the middle of
 # an input, the go command may report that as a failure ("context deadline
-# exceeded") although no input failed; then it is run once more.
+# exceeded") although no input failed; then it is run again, five times at most.
 run() {
 	local attempt
-	for attempt in 1 2; do
+	for attempt in 1 2 3 4 5; do
 		if go test -run '^$' -fuzz "^$2\$" -fuzztime "$time" "$1" 2>&1 | tee "$log"; then
 			return 0
 		fi
-		if [ "$attempt" = 2 ] || ! grep -q 'context deadline exceeded' "$log" || grep -q 'Failing input written' "$log"; then
+		if [ "$attempt" = 5 ] || ! grep -q 'context deadline exceeded' "$log" || grep -q 'Failing input written' "$log"; then
 			return 1
 		fi
 	done

@@ -22,4 +22,4 @@ mapfile -t packages < <(git ls-files -co --exclude-standard -- '*.go' | grep -E 
 	echo "race: no package with goroutines found" >&2
 	exit 1
 }
-CGO_ENABLED=1 go test -race -timeout 10m "${packages[@]}"
+CGO_ENABLED=1 go test -race -timeout 30m "${packages[@]}"
