@@ -55,16 +55,17 @@ type dialer struct {
 	tls     func() (*tls.Config, error)
 	pool    *pgxpool.Config
 
-	mu    sync.Mutex
+	mu sync.Mutex
+	// links are those that are open, and whether they have got through: signed
+	// in.
 	links map[*link]bool
 }
 
-// link is a connection on its way to the server.
+// link is a connection to the server.
 type link struct {
 	net.Conn
 	dialer *dialer
-	// up: it has got through, and tls is its state, or nil without TLS.
-	up  bool
+	// tls is its state, or nil without TLS.
 	tls *tls.ConnectionState
 }
 
@@ -338,6 +339,8 @@ func serverHint(p *pgconn.PgError) string {
 		return "give the user the right to it: GRANT CREATE ON SCHEMA for kuma-cp migrate up; or let one user migrate and run"
 	case "25006":
 		return "this server is a replica, or was set to read-only: set KUMA_STORE_POSTGRES_HOST to the primary"
+	case "42P05", "26000":
+		return "something between here and the server shares connections, such as pgbouncer in transaction mode: use session mode, or connect to the server itself"
 	case "53100":
 		return "the server's disk is full: make room"
 	case "53300":

@@ -297,7 +297,7 @@ func isLost(t *testing.T, s *pgstore.Store, words ...string) {
 	within(t, "the store is told that it is lost", s.Lost())
 	storetest.Says(t, s.Err(), errs.Unavailable, append(words, "start again")...)
 	_, err := s.Put(t.Context(), store.Set(storetest.FruitOf("late", 1)))
-	storetest.Says(t, err, errs.Unavailable, words...)
+	storetest.Says(t, err, errs.Unavailable, append(words, "nothing was written")...)
 	_, revision := storetest.Content(t, s)
 	for _, err := range s.Watch(t.Context(), revision) {
 		storetest.Says(t, err, errs.Unavailable, words...)

@@ -79,7 +79,8 @@ func TestTLS(t *testing.T) {
 		c := c
 		var asked atomic.Int32
 		configure := trusting(ca, named(t, ca, user))
-		c.User = user
+		log := new(logged)
+		c.User, c.Log = user, log.logger()
 		c.TLS = func() (*tls.Config, error) {
 			asked.Add(1)
 			return configure()
@@ -111,8 +112,14 @@ func TestTLS(t *testing.T) {
 		before := asked.Load()
 		cutLock(server, c.Database)
 		soon(t, "a new connection asks for its TLS anew", func() bool { return asked.Load() > before })
-		soon(t, "it is there", func() bool { return len(s.Connections()) == 2 })
+		soon(t, "it is there", func() bool { return strings.Contains(log.String(), "has the database's lock again") })
+		if n := len(s.Connections()); n != 2 {
+			t.Errorf("%d connections, want 2", n)
+		}
 		s.Close()
+		if got := server.Query(c.Database, "select holder || instance from mesh_state"); got != "" {
+			t.Errorf("the database is still held by %q", got)
+		}
 		soon(t, "no connection is left", func() bool { return len(s.Connections()) == 0 })
 	}
 }

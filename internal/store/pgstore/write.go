@@ -36,24 +36,29 @@ type doubt struct {
 // which the outcome of an earlier one can't be found out.
 func (s *Store) ready() error {
 	s.mu.Lock()
-	err := s.broken
+	broken := s.broken
 	s.mu.Unlock()
-	if err != nil || s.doubt == nil {
-		return err
+	switch {
+	case broken != nil:
+		return notWritten(broken)
+	case s.doubt == nil:
+		return nil
 	}
 	ctx, stop := context.WithTimeout(context.Background(), settleLimit)
 	defer stop()
-	err = s.onConnection(ctx, func(conn *pgx.Conn) error { return s.conclude(ctx, conn) })
+	err := s.onConnection(ctx, func(conn *pgx.Conn) error { return s.conclude(ctx, conn) })
 	if err != nil {
 		return s.unchanged("write to", fmt.Errorf("the outcome of an earlier write has to be found out first, and can't be: %w", err))
 	}
 	return nil
 }
 
+func notWritten(why error) error { return errs.New(errs.Unavailable, "nothing was written: %w", why) }
+
 // unchanged is the error of a write of which it is certain that it wasn't made.
 func (s *Store) unchanged(what string, err error) error {
-	if known, ok := errors.AsType[*errs.Error](err); ok && errors.Is(s.Err(), known) {
-		return known
+	if gone := s.Err(); gone != nil {
+		return notWritten(gone)
 	}
 	return &errs.Error{Kind: errs.Unavailable, Message: fmt.Sprintf("%s %s: %s; nothing was changed%s", what, s.where, words(err), hint(err)), Cause: err}
 }
