@@ -96,6 +96,7 @@ func newBench(t *testing.T, stats func(http.ResponseWriter)) *bench {
 		_, _ = io.WriteString(w, *page)
 	})
 	b.metrics = newMetrics(log, newDynamic(dynamicSocket, log))
+	b.dynamic.client.Timeout = patience
 	a, err := newAdmin([]byte(`{"admin":{"address":{"pipe":{"path":"` + socket + `"}}}}`))
 	if err != nil {
 		t.Fatal(err)
