@@ -476,7 +476,7 @@ func (r *reporter) databaseLinks(found findings) []rest.TLSDatabase {
 			found.add(rest.SeverityNote, "the connection to the store has "+d.Version+", although 1.3 is offered", about, "update the database's server, or its ssl_max_protocol_version")
 		}
 		if !postQuantum(d.Group) {
-			found.add(rest.SeverityNote, "the key exchange with the store has no post-quantum part: who records the traffic today may read it one day", about, "give the database's server an OpenSSL that has X25519MLKEM768 (3.5 and newer)")
+			found.add(rest.SeverityNote, "the key exchange with the store has no post-quantum part: who records the traffic today may read it one day", about, "ssl_groups = 'X25519MLKEM768:X25519' in postgresql.conf, of PostgreSQL 18 or newer with OpenSSL 3.5 or newer")
 		}
 		if d.Certificate != nil {
 			r.ends(found, "certificate of the "+about, d.Certificate.NotAfter, endsSoon, "give the database's server a new one")

@@ -19,6 +19,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"kuma/test/lab"
+	"kuma/test/postgres"
 )
 
 // TestManuals runs what manuals print: the stories in manuals/*.txtar, each
@@ -39,6 +40,10 @@ import (
 //	log NAME REGEXP      its log must match ("!": must not)
 //	until REGEXP FILE    run a block until it succeeds and its output matches
 //	follow PAGE          do what a page of docs/ says: see followCommand
+//	postgres CERT KEY CLIENTS HBA
+//	                     give the story's PostgreSQL these files; a story whose
+//	                     name has "postgres" in it has one
+//	sql FILE             have it run statements
 func TestManuals(t *testing.T) {
 	stories, err := filepath.Glob("manuals/*.txtar")
 	if err != nil || len(stories) == 0 {
@@ -47,13 +52,17 @@ func TestManuals(t *testing.T) {
 	for _, file := range stories {
 		t.Run(strings.TrimSuffix(filepath.Base(file), ".txtar"), func(t *testing.T) {
 			r := open(t)
+			var db *postgres.Server
+			if strings.Contains(file, "postgres") {
+				db = r.postgres()
+			}
 			testscript.Run(t, testscript.Params{
 				Files: []string{file}, RequireExplicitExec: true, Deadline: time.Now().Add(10 * time.Minute),
 				WorkdirRoot: r.Dir,
-				Setup:       func(env *testscript.Env) error { return r.manual(env) },
+				Setup:       func(env *testscript.Env) error { return r.manual(env, db) },
 				Cmds: map[string]func(*testscript.TestScript, bool, []string){
 					"sh": shCommand, "start": startCommand, "end": endCommand, "log": logCommand, "until": untilCommand,
-					"follow": followCommand,
+					"follow": followCommand, "postgres": postgresCommand, "sql": sqlCommand,
 				},
 			})
 		})
@@ -80,12 +89,64 @@ type reader struct {
 	real, shown *strings.Replacer
 	ports       map[string]int
 	running     map[string]*lab.Process
+	// db is nil where the story has none.
+	db *postgres.Server
+}
+
+// postgres starts a PostgreSQL server that lets in who has a password, over TLS.
+func (r *room) postgres() *postgres.Server {
+	r.Helper()
+	cert, key := r.pairOf("server", "postgres", "--hostname=localhost")
+	clients, _ := r.pairOf("client", "nobody")
+	return postgres.Start(r.T, postgres.Options{CertFile: cert, KeyFile: key, CAFile: clients, HBA: []string{"hostssl all all 0.0.0.0/0 scram-sha-256"}})
+}
+
+// reload gives the database other files, and waits until they count.
+func (rd *reader) reload(ts *testscript.TestScript, cert, key, clients, hba string) {
+	lines, err := os.ReadFile(hba)
+	ts.Check(err)
+	const when = "pg_conf_load_time()"
+	before := rd.db.Query("postgres", when)
+	rd.db.Certify(cert, key, clients)
+	rd.db.Reload(strings.Split(strings.TrimSpace(string(lines)), "\n")...)
+	ts.Check(rd.room.Await(rd.room.ctx, nil, "PostgreSQL has read its files", func() error {
+		if rd.db.Query("postgres", when) == before {
+			return errors.New("it has not")
+		}
+		return nil
+	}))
+}
+
+// sql has the database run statements, each on lines of its own.
+func (rd *reader) sql(text string) {
+	for statement := range strings.SplitSeq(strings.TrimSuffix(strings.TrimSpace(text), ";"), ";\n") {
+		rd.db.Exec("postgres", statement)
+	}
+}
+
+func sqlCommand(ts *testscript.TestScript, neg bool, args []string) {
+	rd := ts.Value(manualKey{}).(*reader)
+	if neg || len(args) != 1 || rd.db == nil {
+		ts.Fatalf("usage: sql FILE, in a story with a database")
+	}
+	rd.sql(ts.ReadFile(args[0]))
+}
+
+func postgresCommand(ts *testscript.TestScript, neg bool, args []string) {
+	rd := ts.Value(manualKey{}).(*reader)
+	if neg || len(args) != 4 || rd.db == nil {
+		ts.Fatalf("usage: postgres CERT KEY CLIENTS HBA, in a story with a database")
+	}
+	for i, name := range args {
+		args[i] = ts.MkAbs(rd.real.Replace(name))
+	}
+	rd.reload(ts, args[0], args[1], args[2], args[3])
 }
 
 // manual prepares the machine of someone who follows a manual: the programs
 // and envoy on the PATH, a home and a /tmp.
-func (r *room) manual(env *testscript.Env) error {
-	reading := &reader{room: r, ports: map[string]int{}, running: map[string]*lab.Process{}}
+func (r *room) manual(env *testscript.Env, db *postgres.Server) error {
+	reading := &reader{room: r, ports: map[string]int{}, running: map[string]*lab.Process{}, db: db}
 	env.Values[manualKey{}] = reading
 	bin, tmp := filepath.Join(env.WorkDir, "bin"), filepath.Join(env.WorkDir, "tmp")
 	for _, dir := range []string{bin, tmp, filepath.Join(env.WorkDir, "home")} {
@@ -106,6 +167,9 @@ func (r *room) manual(env *testscript.Env) error {
 	for i, p := range manualPorts {
 		pairs = append(pairs, ":"+p.port, ":"+strconv.Itoa(ports[i]))
 		reading.ports[p.setting] = ports[i]
+	}
+	if db != nil {
+		pairs = append(pairs, "<POSTGRES_DNS_NAME>", "localhost", ":5432", fmt.Sprint(":", db.Port), "_PORT=5432", fmt.Sprint("_PORT=", db.Port))
 	}
 	// What a Dataplane or a service of the story may listen on.
 	for i, port := range ports[len(manualPorts):] {
@@ -305,7 +369,8 @@ func (r *room) said(p *lab.Process, what string, is func(log string) bool) error
 }
 
 // followCommand does what a page of docs/ says, block by block: it writes the
-// files ("yaml file=NAME"), and runs the commands of console blocks and
+// files ("yaml file=NAME", "conf file=NAME"), has the database run what is "sql",
+// and runs the commands of console blocks and
 // compares what they print. A line with "…" matches whatever stands there, a
 // line of "…" alone any lines. A command that ends in kuma-cp run or kuma-dp
 // run goes on in the background, and ends the one before it that had the same
@@ -323,8 +388,12 @@ func followCommand(ts *testscript.TestScript, neg bool, args []string) {
 	parts := strings.Split("\n"+string(text), "\n```")
 	for i := 1; i+1 < len(parts); i += 2 {
 		kind, block, _ := strings.Cut(parts[i], "\n")
-		if name, ok := strings.CutPrefix(kind, "yaml file="); ok {
+		form, name, isFile := strings.Cut(kind, " file=")
+		if isFile && (form == "yaml" || form == "conf") {
 			ts.Check(os.WriteFile(ts.MkAbs(name), []byte(rd.real.Replace(block)+"\n"), 0o600))
+		}
+		if kind == "sql" {
+			rd.sql(block)
 		}
 		if kind != "console" {
 			continue
@@ -359,6 +428,11 @@ var (
 
 // follow does what one command of a page says.
 func (rd *reader) follow(ts *testscript.TestScript, command, want string) {
+	if command == "systemctl reload postgresql" { // that of the story, with the files that the page tells
+		tmp := rd.real.Replace("/tmp/")
+		rd.reload(ts, tmp+"postgres.crt", tmp+"postgres.key", tmp+"clients.crt", ts.MkAbs("pg_hba.conf"))
+		return
+	}
 	fails := strings.Contains("\n"+want, "\nError") || strings.Contains("\n"+want, "\ncurl: (") || strings.Contains(want, "\nverify error:") || strings.Contains(want, "level=ERROR")
 	if m := inBackground.FindStringSubmatch(command); m != nil {
 		name := m[1]
