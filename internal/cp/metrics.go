@@ -60,6 +60,9 @@ func (m *metrics) registerAbout(instance, cluster string, kinds []*resource.Kind
 		constant("leader", "1 where this instance does what one does for all.", nil),
 		&gathered{
 			now: now, expiries: expiries, kinds: kinds,
+			counting: prometheus.NewHistogram(prometheus.HistogramOpts{
+				Name: "component_store_counter", Help: "How long it took to count the resources, in milliseconds.", Buckets: []float64{.01, .1, .5, 1, 5, 10, 50, 100, 1000},
+			}),
 			resources:    prometheus.NewDesc("resources_count", "Resources by kind, as the present picture shows them.", []string{"resource_type", "tenant"}, nil),
 			workloads:    prometheus.NewDesc("xds_cert_expiration_timestamp_seconds", "When the first certificate of a proxy that is here ends.", []string{"mesh"}, nil),
 			certificates: prometheus.NewDesc("kuma_certificate_expiry_timestamp_seconds", "When a certificate ends that the control plane shows, signs with or trusts.", []string{"certificate"}, nil),
@@ -85,6 +88,7 @@ type gathered struct {
 	now                                func() *state.Picture
 	expiries                           func() []pki.Expiry
 	kinds                              []*resource.Kind
+	counting                           prometheus.Histogram
 	resources, workloads, certificates *prometheus.Desc
 }
 
@@ -93,14 +97,17 @@ func (g *gathered) Describe(ch chan<- *prometheus.Desc) {
 	ch <- g.resources
 	ch <- g.workloads
 	ch <- g.certificates
+	g.counting.Describe(ch)
 }
 
 // Collect is prometheus.Collector's. It asks the picture and not the store.
 func (g *gathered) Collect(ch chan<- prometheus.Metric) {
-	pic := g.now()
+	pic, begun := g.now(), time.Now()
 	for _, k := range g.kinds {
 		ch <- prometheus.MustNewConstMetric(g.resources, prometheus.GaugeValue, float64(pic.Count(k.Name)), k.Name, "")
 	}
+	g.counting.Observe(float64(time.Since(begun)) / float64(time.Millisecond))
+	g.counting.Collect(ch)
 	for _, name := range pic.Meshes() {
 		m := pic.Mesh(name)
 		if m == nil {

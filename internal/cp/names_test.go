@@ -112,7 +112,7 @@ func TestMetricNames(t *testing.T) {
 		"api_server_http_requests_inflight":        "gauge handler service",
 		"store":                                    "histogram operation resource_type",
 		"resources_count":                          "gauge resource_type tenant",
-		"component_dp_gc":                          "histogram", "component_meshservice_generator": "histogram",
+		"component_dp_gc":                          "histogram", "component_meshservice_generator": "histogram", "component_store_counter": "histogram",
 		"events_dropped": "counter", "kuma_cp_log_lines_total": "counter level logger",
 		"xds_streams_active": "gauge", "xds_delivery": "histogram", "xds_generation": "histogram proxy_type result", "xds_generation_errors": "counter",
 		"xds_requests_received": "counter confirmation type_url", "xds_responses_sent": "counter type_url", "xds_snapshot_resources": "histogram resource_type",
