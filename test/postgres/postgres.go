@@ -179,11 +179,8 @@ func (s *Server) initialise(o Options) error {
 		return err
 	}
 	data := s.data()
-	ctx, stop := context.WithTimeout(context.Background(), patience)
-	defer stop()
-	out, err := s.command(ctx, "initdb", "-D", data, "-U", User, "--pwfile", password, "-A", "scram-sha-256", "-E", "UTF8", "--locale", "C", "--no-sync").CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("initdb: %w: %s", err, bytes.TrimSpace(out))
+	if err := s.run("initdb", "-D", data, "-U", User, "--pwfile", password, "-A", "scram-sha-256", "-E", "UTF8", "--locale", "C", "--no-sync"); err != nil {
+		return err
 	}
 	settings := map[string]string{
 		"listen_addresses": s.Host, "port": strconv.Itoa(s.Port), "unix_socket_directories": s.dir,
@@ -206,19 +203,34 @@ func (s *Server) initialise(o Options) error {
 	for name, value := range o.Settings {
 		settings[name] = value
 	}
+	if err := s.configure(settings); err != nil {
+		return err
+	}
+	return s.writeHBA(o.HBA)
+}
+
+// configure adds to the server's settings; what is said last counts.
+func (s *Server) configure(settings map[string]string) error {
 	var config strings.Builder
 	for name, value := range settings {
 		fmt.Fprintf(&config, "%s = '%s'\n", name, value)
 	}
-	file, err := os.OpenFile(filepath.Join(data, "postgresql.conf"), os.O_APPEND|os.O_WRONLY, 0)
+	file, err := os.OpenFile(filepath.Join(s.data(), "postgresql.conf"), os.O_APPEND|os.O_WRONLY, 0)
 	if err != nil {
 		return err
 	}
 	_, err = file.WriteString(config.String())
-	if err := errors.Join(err, file.Close()); err != nil {
-		return err
+	return errors.Join(err, file.Close())
+}
+
+// run runs one of the server's programs to its end.
+func (s *Server) run(program string, args ...string) error {
+	ctx, stop := context.WithTimeout(context.Background(), patience)
+	defer stop()
+	if out, err := s.command(ctx, program, args...).CombinedOutput(); err != nil {
+		return fmt.Errorf("%s: %w: %s", program, err, bytes.TrimSpace(out))
 	}
-	return s.writeHBA(o.HBA)
+	return nil
 }
 
 func (s *Server) data() string { return filepath.Join(s.dir, "data") }
@@ -237,7 +249,7 @@ func (s *Server) writeHBA(lines []string) error {
 	if len(lines) == 0 {
 		lines = []string{"host all all 127.0.0.1/32 scram-sha-256"}
 	}
-	content := "local all all trust\n" + strings.Join(lines, "\n") + "\n"
+	content := "local all all trust\nlocal replication all trust\n" + strings.Join(lines, "\n") + "\n"
 	return os.WriteFile(filepath.Join(s.data(), "pg_hba.conf"), []byte(content), 0o600)
 }
 
@@ -347,6 +359,24 @@ func (s *Server) Certify(certFile, keyFile, caFile string) {
 		s.must(err)
 		s.must(os.WriteFile(filepath.Join(s.dir, name), content, 0o600))
 	}
+}
+
+// Replica starts another server that follows this one, and can be read.
+func (s *Server) Replica() *Server {
+	s.t.Helper()
+	r, err := newServer(s.t)
+	s.must(err)
+	s.must(r.watch())
+	s.must(r.run("pg_basebackup", "-D", r.data(), "-h", s.dir, "-p", strconv.Itoa(s.Port), "-U", User, "-R", "-X", "stream", "-c", "fast", "--no-sync"))
+	s.must(r.configure(map[string]string{"port": strconv.Itoa(r.Port), "unix_socket_directories": r.dir}))
+	r.Launch()
+	return r
+}
+
+// Promote makes a replica a server of its own, which can be written.
+func (s *Server) Promote() {
+	s.t.Helper()
+	s.Exec("postgres", "select pg_promote()")
 }
 
 // Exec runs statements in a database, as its first user.

@@ -269,10 +269,15 @@ func (s *Store) connectLock(ctx context.Context) (*pgx.Conn, error) {
 	return conn, nil
 }
 
-// ask tells who serves, and takes the lock where it is free.
+// ask tells who serves, and takes the lock where it is free. A replica has locks
+// too, which say nothing about the primary's, so it is refused.
 func (s *Store) ask(ctx context.Context, conn *pgx.Conn) (by holding, got bool, err error) {
-	err = conn.QueryRow(ctx, "select holder, instance, since, revision, pg_try_advisory_lock($1) from mesh_state", int64(lockServe)).
-		Scan(&by.holder, &by.instance, &by.since, &by.revision, &got)
+	replica := false
+	err = conn.QueryRow(ctx, "select holder, instance, since, revision, pg_is_in_recovery(), pg_try_advisory_lock($1) from mesh_state", int64(lockServe)).
+		Scan(&by.holder, &by.instance, &by.since, &by.revision, &replica, &got)
+	if err == nil && replica {
+		err = errs.New(errs.Unavailable, "%s is a replica, which can't be written: set KUMA_STORE_POSTGRES_HOST to the primary", s.where)
+	}
 	return by, got, err
 }
 

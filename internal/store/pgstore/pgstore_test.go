@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"os/exec"
 	"strings"
@@ -449,16 +450,10 @@ func (w *writer) check(t *testing.T, s *pgstore.Store, c pgstore.Config) {
 	t.Helper()
 	w.stop.Store(true)
 	w.all.Wait()
-	// A write settles all that was in doubt.
-	for end := time.Now().Add(patience); ; {
+	soon(t, "a write is taken, which settles all that was in doubt", func() bool {
 		_, err := s.Put(t.Context(), store.Set(storetest.FruitOf("last", 1)))
-		if err == nil {
-			break
-		}
-		if time.Now().After(end) {
-			t.Fatal(err)
-		}
-	}
+		return err == nil
+	})
 	want, revision := storetest.Content(t, s)
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
@@ -496,6 +491,57 @@ func TestRestart(t *testing.T) {
 	before := w.count()
 	soon(t, "writes go on", func() bool { return w.count() > before+50 })
 	w.check(t, s, c)
+}
+
+// TestFailover makes a replica the primary. With one that the server waits for,
+// nothing is lost; with one that is behind, the store knows that something is.
+func TestFailover(t *testing.T) {
+	t.Parallel()
+	t.Run("a replica that has all", func(t *testing.T) {
+		t.Parallel()
+		primary := postgres.Start(t, postgres.Options{})
+		replica := primary.Replica()
+		direct := config(primary, migrated(t, primary))
+		primary.Exec("postgres", "alter system set synchronous_standby_names = '*'")
+		primary.Reload()
+		soon(t, "the server waits for the replica", func() bool {
+			return primary.Query("postgres", "select count(*) from pg_stat_replication where sync_state = 'sync'") == "1"
+		})
+		wire, c := newWire(t, direct)
+		s := open(t, c)
+		w := new(writer)
+		w.start(s, 4)
+		soon(t, "writes go on", func() bool { return w.count() > 100 })
+		wire.set(func() { wire.to = net.JoinHostPort(replica.Host, fmt.Sprint(replica.Port)) })
+		primary.Kill()
+		// For a moment, the replica is not yet a primary.
+		_, err := pgstore.Open(t.Context(), c)
+		storetest.Says(t, err, errs.Unavailable, "is a replica", "KUMA_STORE_POSTGRES_HOST")
+		replica.Promote()
+		before := w.count()
+		soon(t, "writes go on", func() bool { return w.count() > before+100 })
+		w.check(t, s, c)
+	})
+	t.Run("a replica that is behind", func(t *testing.T) {
+		t.Parallel()
+		primary := postgres.Start(t, postgres.Options{})
+		direct := config(primary, migrated(t, primary))
+		wire, c := newWire(t, direct)
+		s := open(t, c)
+		storetest.Put(t, s, store.Set(storetest.FruitOf("a", 1)))
+		replica := primary.Replica()
+		replica.Stop()
+		storetest.Put(t, s, store.Set(storetest.FruitOf("b", 1)))
+		wire.set(func() { wire.to = net.JoinHostPort(replica.Host, fmt.Sprint(replica.Port)) })
+		primary.Kill()
+		replica.Launch()
+		replica.Promote()
+		isLost(t, s, "it is at revision 1, and this control plane is at 2")
+		s.Close()
+		if _, revision := storetest.Content(t, open(t, c)); revision != 1 {
+			t.Errorf("revision %d, want 1", revision)
+		}
+	})
 }
 
 // TestCut cuts all connections again and again, anywhere.

@@ -15,11 +15,12 @@ import (
 // wire carries connections to a server, and breaks.
 type wire struct {
 	port     int
-	to       string
 	listener net.Listener
 
 	mu   sync.Mutex
 	open map[net.Conn]bool
+	// to is the server's address.
+	to string
 	// down: new connections are refused. mute: nothing is carried any more.
 	down bool
 	mute chan struct{}
@@ -28,7 +29,8 @@ type wire struct {
 	onCommit func() bool
 	// answerless: what the server says is not carried any more.
 	answerless bool
-	budget     int
+	// budget is after how many bytes all connections are cut; negative: never.
+	budget int
 }
 
 // newWire returns a wire to the server of the configuration, and that changed
@@ -59,7 +61,10 @@ func newWire(t testing.TB, c pgstore.Config) (*wire, pgstore.Config) {
 
 func (w *wire) carry(from net.Conn) {
 	defer from.Close()
-	to, err := net.Dial("tcp4", w.to)
+	w.mu.Lock()
+	server := w.to
+	w.mu.Unlock()
+	to, err := net.Dial("tcp4", server)
 	if err != nil {
 		return
 	}
