@@ -93,7 +93,11 @@ func handshake(t *testing.T, address string, c *tls.Config) (tls.ConnectionState
 	if _, err := fmt.Fprint(conn, "GET /nothing HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"); err != nil {
 		return tls.ConnectionState{}, err
 	}
-	if _, err := io.ReadAll(conn); err != nil {
+	answer, err := io.ReadAll(conn)
+	if err == nil && len(answer) == 0 {
+		err = io.ErrUnexpectedEOF // as from a server to whom it took too long
+	}
+	if err != nil {
 		return tls.ConnectionState{}, err
 	}
 	return conn.ConnectionState(), nil
