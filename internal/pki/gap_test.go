@@ -95,6 +95,33 @@ func TestGaps(t *testing.T) {
 			t.Errorf("gaps %v", got)
 		}
 	})
+	t.Run("its root verifies a server that is called", func(t *testing.T) {
+		at := newPlace(t)
+		at.put(t, certPEM(leaf, between), leaf.keyPEM(t))
+		ca := filepath.Join(at.dir, "ca.crt")
+		write(t, ca, certPEM(root))
+		watch, _ := knowing()
+		if _, err := watch.Pair("dp-server", "KUMA_DP_SERVER_TLS_CERT_FILE", at.cert, at.key); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := watch.Anchors("store-ca", "CA", ca); err != nil {
+			t.Fatal(err)
+		}
+		if got := watch.Gaps(); len(got) != 0 {
+			t.Errorf("gaps %v", got)
+		}
+	})
+	t.Run("a client's pair", func(t *testing.T) { // the server that it calls says what it thinks of it
+		at, client := newPlace(t), mint(t, between, asClient)
+		at.put(t, certPEM(client), client.keyPEM(t))
+		watch, _ := knowing()
+		if _, err := watch.ClientPair("store-postgres", "CERT", at.cert, at.key); err != nil {
+			t.Fatal(err)
+		}
+		if got := watch.Gaps(); len(got) != 0 {
+			t.Errorf("gaps %v", got)
+		}
+	})
 	t.Run("nobody said what is known", func(t *testing.T) {
 		at := newPlace(t)
 		at.put(t, certPEM(leaf), leaf.keyPEM(t))
