@@ -18,7 +18,7 @@ import (
 
 // shake has a client meet a server over TLS. It returns what each of them says,
 // and what the server saw.
-func shake(t *testing.T, client, server *tls.Config) (clientErr, serverErr error, seen tls.ConnectionState) {
+func shake(t *testing.T, client, server *tls.Config) (seen tls.ConnectionState, clientErr, serverErr error) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0") // both sides may write at once, which a net.Pipe does not bear
 	if err != nil {
@@ -53,7 +53,7 @@ func shake(t *testing.T, client, server *tls.Config) (clientErr, serverErr error
 	}
 	_ = a.Close()
 	serverErr = <-done
-	return clientErr, serverErr, s.ConnectionState()
+	return s.ConnectionState(), clientErr, serverErr
 }
 
 func (m *minted) server(chain ...*minted) *tls.Config {
@@ -122,7 +122,7 @@ func TestClient(t *testing.T) {
 					sni = h.ServerName
 					return nil, nil
 				}
-				err, _, seen := shake(t, cfg, server)
+				seen, err, _ := shake(t, cfg, server)
 				if (err == nil) != want || sni != c.sni {
 					t.Errorf("%s: %v, SNI %q", which, err, sni)
 				}
@@ -133,7 +133,7 @@ func TestClient(t *testing.T) {
 					t.Errorf("%s: %s, %s", which, tls.VersionName(seen.Version), seen.CurveID)
 				}
 				server.MaxVersion = tls.VersionTLS11
-				if err, _, _ := shake(t, cfg, server); err == nil {
+				if _, err, _ := shake(t, cfg, server); err == nil {
 					t.Errorf("%s: it takes TLS 1.1", which)
 				}
 			}
@@ -167,7 +167,7 @@ func TestClientFilesAreReplaced(t *testing.T) {
 		t.Fatal(err)
 	}
 	client := pki.Client{Host: "cp.test", Anchors: anchors, Pair: pair}
-	meet := func(ca *minted) (error, error, tls.ConnectionState) {
+	meet := func(ca *minted) (seen tls.ConnectionState, clientErr, serverErr error) {
 		t.Helper()
 		cfg, err := client.TLS()
 		if err != nil {
@@ -178,16 +178,16 @@ func TestClientFilesAreReplaced(t *testing.T) {
 		server.ClientCAs.AddCert(ca.cert)
 		return shake(t, cfg, server)
 	}
-	if a, b, seen := meet(one); a != nil || b != nil || !seen.PeerCertificates[0].Equal(first.cert) {
+	if seen, a, b := meet(one); a != nil || b != nil || !seen.PeerCertificates[0].Equal(first.cert) {
 		t.Fatal(a, b)
 	}
-	if a, _, _ := meet(two); a == nil {
+	if _, a, _ := meet(two); a == nil {
 		t.Fatal("it takes what it does not know")
 	}
 	write(t, ca, certPEM(two))
 	at.put(t, certPEM(second), second.keyPEM(t))
 	watch.Look()
-	if a, b, seen := meet(two); a != nil || b != nil || !seen.PeerCertificates[0].Equal(second.cert) {
+	if seen, a, b := meet(two); a != nil || b != nil || !seen.PeerCertificates[0].Equal(second.cert) {
 		t.Fatal(a, b)
 	}
 	// What is bad is not taken over.
@@ -195,7 +195,7 @@ func TestClientFilesAreReplaced(t *testing.T) {
 	for range 5 {
 		watch.Look()
 	}
-	if a, b, _ := meet(two); a != nil || b != nil || watch.Refused() != 1 || len(log.lines("what was there before goes on")) != 1 {
+	if _, a, b := meet(two); a != nil || b != nil || watch.Refused() != 1 || len(log.lines("what was there before goes on")) != 1 {
 		t.Error(a, b, watch.Refused())
 	}
 	if len(watch.Expiries()) != 2 {
@@ -290,7 +290,7 @@ func TestClientSaysWhatItSaw(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		err, _, _ = shake(t, cfg, mint(t, root, nil).server())
+		_, err, _ = shake(t, cfg, mint(t, root, nil).server())
 		if _, ok := errors.AsType[x509.HostnameError](err); !ok {
 			t.Errorf("%v", err)
 		}
