@@ -14,9 +14,9 @@ import (
 )
 
 // Owner tells which user holds the other end of a connection on this machine:
-// the socket whose own address is local and whose peer is remote. It reads the
-// kernel's tables (Linux, /proc/net/tcp) and reports false where nobody is known
-// for certain: a connection that was not yet accepted or is closed, a user of
+// the socket whose own address is local and whose peer is remote. It asks the
+// kernel (Linux: sock_diag; where that is not to be had, the tables in
+// /proc/net/tcp) and reports false where nobody is known for certain: a connection that was not yet accepted or is closed, a user of
 // another user namespace, a peer in another network namespace, another system.
 func Owner(local, remote netip.AddrPort) (uid uint32, ok bool) {
 	overflow := uint64(65534)
@@ -24,6 +24,9 @@ func Owner(local, remote netip.AddrPort) (uid uint32, ok bool) {
 		if v, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 32); err == nil {
 			overflow = v
 		}
+	}
+	if uid, inode, found := diagnose(local, remote); found {
+		return uid, inode != 0 && uint64(uid) != overflow
 	}
 	for _, path := range []string{"/proc/self/net/tcp", "/proc/self/net/tcp6"} {
 		f, err := os.Open(path)
