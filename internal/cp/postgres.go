@@ -260,6 +260,12 @@ func (p Postgres) database(files *pki.Files, instance string, log *slog.Logger) 
 // diagnostics port says that this one is alive.
 func (c *ControlPlane) openPostgres(ctx context.Context, instance string) error {
 	log := c.log.With("logger", "store")
+	if err := c.checkFiles(); err != nil {
+		return err
+	}
+	if c.cfg.General.TLSCAStore == caInFile && c.cfg.General.TLSCertFile == "" && c.cfg.DPServer.TLSCertFile == "" {
+		log.Info("the control plane's own authority is in the work directory: another control plane on this database has another one, which proxies of this one do not trust; KUMA_GENERAL_TLS_CA_STORE=store shares it")
+	}
 	cfg, err := c.cfg.Store.Postgres.database(c.files, instance, log)
 	if err != nil {
 		return err
@@ -299,6 +305,28 @@ func (c *ControlPlane) openPostgres(ctx context.Context, instance string) error 
 	}
 	c.store, c.close, c.postgres = s, s.Close, s
 	c.metrics.zoned.MustRegister(newPoolMetrics(s.Pool))
+	return nil
+}
+
+// checkFiles finds what is wrong with pairs that are opened after the store: one
+// that stands by is not to find out when it is needed.
+func (c *ControlPlane) checkFiles() error {
+	cfg, look := &c.cfg, pki.NewFiles(pki.FilesConfig{Log: slog.New(slog.DiscardHandler)})
+	for env, s := range map[string]struct {
+		opened bool
+		ServerTLS
+	}{
+		"KUMA_DP_SERVER": {true, cfg.DPServer.ServerTLS}, "KUMA_API_SERVER_HTTPS": {cfg.APIServer.HTTPS.Enabled, cfg.APIServer.HTTPS.ServerTLS},
+		"KUMA_DIAGNOSTICS": {cfg.Diagnostics.TLSEnabled, cfg.Diagnostics.ServerTLS},
+		madsEnv:            {cfg.MonitoringAssignmentServer.Enabled && cfg.MonitoringAssignmentServer.TLSEnabled, cfg.MonitoringAssignmentServer.ServerTLS},
+	} {
+		if !s.opened || s.TLSCertFile == "" {
+			continue
+		}
+		if _, err := look.Pair(env, env+"_TLS_CERT_FILE", s.TLSCertFile, s.TLSKeyFile, cfg.hosts(env)...); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 

@@ -424,6 +424,13 @@ func TestPostgresStandBy(t *testing.T) {
 		t.Error("proxies can connect to one that stands by")
 	}
 
+	// One that could not serve says so, and does not wait to find out.
+	unfit := db.in(t, name)
+	unfit.DPServer.TLSCertFile, unfit.DPServer.TLSKeyFile = "none.crt", "none.key"
+	if _, err := cp.New(ctx, unfit, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "KUMA_DP_SERVER_TLS_CERT_FILE: ") {
+		t.Errorf("with a pair that is not there: %v", err)
+	}
+
 	proxy.Close()
 	stop()
 	eventually(t, "the second serves", func() bool { return strings.Contains(log.String(), "msg=ready ") })
