@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// Gap is a pair whose file ends with a certificate of an issuer that is neither
+// Gap is a server's pair whose file ends with a certificate of an issuer that is neither
 // in the file nor known here. Either the file lacks an intermediate authority,
 // and clients refuse the server; or a private root signed the last certificate,
 // and clients have it: that can't be told from here.
@@ -36,7 +36,7 @@ func (g Gap) String() string {
 		g.File, g.Subject, g.Issuer, from)
 }
 
-// Gaps lists the pairs whose chain is not known to be complete: empty where
+// Gaps lists the servers' pairs whose chain is not known to be complete: empty where
 // FilesConfig has no Known.
 func (f *Files) Gaps() []Gap {
 	f.mu.Lock()
@@ -73,8 +73,11 @@ func (f *Files) gap(p *Pair, now time.Time) *Gap {
 	add(f.cfg.Known())
 	f.mu.Lock()
 	for _, w := range f.watched {
-		if pool, ok := w.of.(*Pool); ok {
-			add(pool.Certificates())
+		switch of := w.of.(type) {
+		case *Pool:
+			add(of.Certificates())
+		case *Anchors:
+			add(of.Certificates())
 		}
 	}
 	f.mu.Unlock()
