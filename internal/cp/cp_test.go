@@ -48,6 +48,8 @@ func config(t *testing.T) cp.Config {
 	for _, port := range []*uint32{&cfg.APIServer.HTTP.Port, &cfg.APIServer.HTTPS.Port, &cfg.DPServer.Port, &cfg.Diagnostics.ServerPort, &cfg.MonitoringAssignmentServer.Port} {
 		*port = freePort(t)
 	}
+	// A handshake counts as headers, and takes its time on a busy machine.
+	cfg.APIServer.ReadHeaderTimeout = patience
 	return cfg
 }
 

@@ -148,7 +148,7 @@ func TestStreamsThroughReloads(t *testing.T) {
 	run(t, cfg)
 
 	clients := &tls.Config{RootCAs: ca.Pool(), ServerName: "localhost"}
-	ctx, cancel := context.WithTimeout(t.Context(), 5*patience)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*patience)
 	defer cancel()
 	proxies := make([]*cptest.ADS, streams)
 	var dials atomic.Int64
