@@ -65,3 +65,33 @@ note       it is weak   a, b and 3 more   strengthen it
 	}
 	m.run("tls", "reprot").want(t, 1, "", `…did you mean "report"?`)
 }
+
+// A store that a network leads to is a table of its own.
+func TestTLSReportOfADatabase(t *testing.T) {
+	t.Parallel()
+	s := newServer(t, map[string]answer{"GET /tls-report": {200, `{"instance":"cp-1","store":"postgres","servers":[],"links":[],"envoys":[],"certificates":[],"findings":[],"database":[
+ {"address":"db:5432","name":"kuma","user":"me","connections":2,"version":"TLS 1.3","group":"X25519","cipher":"C","certificate":{"subject":"CN=db","issuer":"CN=ca","notAfter":"2020-01-02T00:00:00Z"},"verifiedBy":"authorities of ca.crt"},
+ {"address":"db:5432","name":"ku\u001bma","user":"me","connections":1,"version":"","group":"","cipher":"","verifiedBy":"nothing"},
+ {"address":"db:5432","name":"kuma","user":"me","connections":0,"version":"","group":"","cipher":"","verifiedBy":"nothing"}]}`}})
+	newMachine(t).using(s.URL).run("tls", "report").want(t, 0, `Servers of cp-1 (store: postgres)
+none
+
+Connections to the store
+DATABASE      ADDRESS   OPEN   PROTOCOL       KEY EXCHANGE   CIPHER   CERTIFICATE   ISSUER   ENDS                 VERIFIED BY
+kuma as me    db:5432   2      TLS 1.3        X25519         C        CN=db         CN=ca    2020-01-02 (ended)   authorities of ca.crt
+ku ma as me   db:5432   1      no TLS         -              -        -             -        -                    nothing
+kuma as me    db:5432   0      none is open   -              -        -             -        -                    nothing
+
+Links
+none
+
+Connections that proxies accepted from proxies
+none
+
+Certificates
+none
+
+Findings
+none
+`, "")
+}
