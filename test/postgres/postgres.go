@@ -48,7 +48,7 @@ const (
 )
 
 // patience is how long a start, a stop or a statement may take.
-const patience = 30 * time.Second
+const patience = time.Minute
 
 // Server is a server that runs until the test ends.
 type Server struct {

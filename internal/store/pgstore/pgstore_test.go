@@ -24,7 +24,7 @@ import (
 )
 
 // patience is how long a thing may take that is bound to happen.
-const patience = 30 * time.Second
+const patience = time.Minute
 
 // childPort, where set, makes this test binary a process that writes to the
 // store of a server until it is killed.

@@ -168,7 +168,7 @@ func together(t *testing.T, o Opener) {
 		}
 	}
 	// More at once than goes in one transaction.
-	for i := range 8 {
+	for i := range 3 {
 		all.Go(func() {
 			if _, err := s.Put(t.Context(), store.Set(FruitOf(fmt.Sprint("large", i), 12<<20))); err != nil {
 				t.Error(err)
@@ -177,8 +177,8 @@ func together(t *testing.T, o Opener) {
 	}
 	all.Wait()
 	want, revision := Content(t, s)
-	if revision != 18 || len(want) != 19 {
-		t.Errorf("revision %d with %d resources, want 18 with 19", revision, len(want))
+	if revision != 13 || len(want) != 14 {
+		t.Errorf("revision %d with %d resources, want 13 with 14", revision, len(want))
 	}
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
