@@ -291,7 +291,7 @@ func (s *Store) take(ctx context.Context, conn *pgx.Conn) error {
 	s.Forget()
 	var revision uint64
 	err := pgx.BeginTxFunc(ctx, conn, readWrite, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, "set local statement_timeout = 0"); err != nil {
+		if _, err := tx.Exec(ctx, "set local statement_timeout = 0; set local lock_timeout = 0"); err != nil {
 			return err
 		}
 		var locked bool
