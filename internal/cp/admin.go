@@ -57,6 +57,8 @@ type adminChannel struct {
 	port uint32
 	log  *slog.Logger
 	busy chan struct{}
+	// patience is how long a page may take: adminRequest.
+	patience time.Duration
 
 	mu sync.Mutex
 	ca adminCA
@@ -81,7 +83,7 @@ type adminCert struct {
 }
 
 func newAdminChannel(tracker interface{ Now() *state.Picture }, s streams, port uint32, log *slog.Logger) *adminChannel {
-	return &adminChannel{tracker: tracker, streams: s, port: port, log: log, busy: make(chan struct{}, maxAdminPages), certs: map[session.Key]adminCert{}}
+	return &adminChannel{tracker: tracker, streams: s, port: port, log: log, busy: make(chan struct{}, maxAdminPages), patience: adminRequest, certs: map[session.Key]adminCert{}}
 }
 
 // Run forgets certificates whose proxies are gone.
@@ -251,7 +253,7 @@ func (c *adminChannel) ask(ctx context.Context, n *session.Node, path string) ([
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, adminRequest)
+	ctx, cancel := context.WithTimeout(ctx, c.patience)
 	defer cancel()
 	select {
 	case c.busy <- struct{}{}:

@@ -70,6 +70,7 @@ func openAdminRoom(t *testing.T) *adminRoom {
 	t.Helper()
 	r := &adminRoom{t: t, world: policytest.NewWorld(t), picture: &now{}, here: &connected{nodes: map[session.Key]*session.Node{webKey: {Key: webKey, AdminSocket: "/tmp/admin.sock"}}}}
 	r.adminChannel = newAdminChannel(r.picture, r.here, 9901, slog.New(slog.DiscardHandler))
+	r.patience = patience
 	rs, err := policytest.Read("type: Mesh\nname: default\n")
 	if err != nil {
 		t.Fatal(err)
