@@ -247,10 +247,7 @@ func (p Postgres) database(files *pki.Files, instance string, log *slog.Logger) 
 		c.MaxConnections = math.MaxInt32
 	}
 	if client != nil {
-		c.TLS = func() (*tls.Config, error) {
-			files.Look() // what was replaced a moment ago counts
-			return client.TLS()
-		}
+		c.TLS = client.TLS
 	}
 	return c, nil
 }

@@ -169,6 +169,7 @@ func tlsReportOf(t *testing.T, cfg cp.Config) (report rest.TLSReport) {
 // TestPostgresTLS: each mode takes and refuses what seed 2 says of it, with a
 // pg_hba.conf as it prints. What is refused gets no password.
 func TestPostgresTLS(t *testing.T) {
+	t.Parallel()
 	db := pg(t, "hostssl all             all             0.0.0.0/0               password")
 	name := db.migrated(t)
 	const noName, noCA = "KUMA_STORE_POSTGRES_HOST", "KUMA_STORE_POSTGRES_TLS_CA_PATH"
@@ -223,6 +224,7 @@ func TestPostgresTLS(t *testing.T) {
 // certificate with the user's name, and one that is replaced counts for the next
 // connection.
 func TestPostgresClientCertificate(t *testing.T) {
+	t.Parallel()
 	db := pg(t, "hostssl all all 0.0.0.0/0 cert")
 	cert, key := db.pair(t, db.ca, "client", forClient(postgres.User))
 	other, otherKey := db.pair(t, db.ca, "other", forClient("somebody"))
@@ -300,6 +302,7 @@ func TestPostgresClientCertificate(t *testing.T) {
 
 // TestPostgresMigrate is the contract's command.
 func TestPostgresMigrate(t *testing.T) {
+	t.Parallel()
 	db := pg(t)
 	cfg := db.in(t, db.Database())
 	if code, _, problem := program(t, cfg, "run"); code != 1 || !strings.Contains(problem, "kuma-cp migrate up") {
@@ -331,6 +334,7 @@ func TestPostgresMigrate(t *testing.T) {
 // TestPostgresKeeps: what was written is there after a restart, in another work
 // directory.
 func TestPostgresKeeps(t *testing.T) {
+	t.Parallel()
 	db := pg(t)
 	name := db.migrated(t)
 	first := db.in(t, name)
@@ -369,6 +373,7 @@ func TestPostgresKeeps(t *testing.T) {
 // TestPostgresStandBy: a second control plane waits, says so, and takes over; a
 // proxy of the first is served by the second, which has the same authority.
 func TestPostgresStandBy(t *testing.T) {
+	t.Parallel()
 	db := pg(t)
 	name := db.migrated(t)
 	first, second := db.in(t, name), db.in(t, name)
@@ -448,6 +453,7 @@ func TestPostgresStandBy(t *testing.T) {
 // TestPostgresStandByEnds: SIGTERM ends one that stands by at once, and not as a
 // failure; what it waited for is untouched.
 func TestPostgresStandByEnds(t *testing.T) {
+	t.Parallel()
 	db := pg(t)
 	name := db.migrated(t)
 	first, second := db.in(t, name), db.in(t, name)
@@ -464,15 +470,13 @@ func TestPostgresStandByEnds(t *testing.T) {
 	case <-time.After(patience):
 		t.Fatalf("it does not stand by:\n%s", log)
 	}
-	start := time.Now()
+	late := time.AfterFunc(patience, func() { _ = c.Process.Kill() })
+	defer late.Stop()
 	if err := c.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
 	if err := c.Wait(); err != nil || strings.Contains(log.String(), "Error:") || !strings.Contains(log.String(), "stopped before it served") {
 		t.Errorf("%v\n%s", err, log)
-	}
-	if took := time.Since(start); took > 10*time.Second {
-		t.Errorf("it took %s", took)
 	}
 	if status, _ := get(t, fmt.Sprintf("http://127.0.0.1:%d/ready", first.Diagnostics.ServerPort)); status != http.StatusOK {
 		t.Errorf("the first is not ready: %d", status)
@@ -482,6 +486,7 @@ func TestPostgresStandByEnds(t *testing.T) {
 // TestPostgresLost: whose database another control plane has taken ends, with
 // the reason.
 func TestPostgresLost(t *testing.T) {
+	t.Parallel()
 	db := pg(t)
 	name := db.migrated(t)
 	cfg := db.in(t, name)
@@ -513,6 +518,7 @@ func TestPostgresLost(t *testing.T) {
 // is kept, nor the password, can be read on the way; with disable, it can, so
 // the listening is known to hear.
 func TestPostgresOnTheWire(t *testing.T) {
+	t.Parallel()
 	db := pg(t, "host all all 0.0.0.0/0 password")
 	for mode, readable := range map[string]bool{"verifyFull": false, "verifyCa": false, "verifyNone": false, "disable": true} {
 		t.Run(mode, func(t *testing.T) {
@@ -557,6 +563,7 @@ func TestPostgresOnTheWire(t *testing.T) {
 // TestPostgresTLSIsNotDroppedTo: a server that says that it has no TLS, as one in
 // the middle may, gets nothing in clear.
 func TestPostgresTLSIsNotDroppedTo(t *testing.T) {
+	t.Parallel()
 	db := pg(t)
 	name := db.migrated(t)
 	for _, mode := range []string{"verifyNone", "verifyCa", "verifyFull"} {
