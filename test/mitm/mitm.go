@@ -191,7 +191,7 @@ func Make() (*Set, error) {
 		c.URIs = []*url.URL{{Scheme: "spiffe", Host: "default", Path: "/control-plane"}}
 	})
 	m.leaf("expired", ca, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) })
-	m.leaf("not yet valid", ca, func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) })
+	m.leaf("not yet valid", ca, func(c *x509.Certificate) { c.NotBefore = time.Now().Add(30 * time.Minute) })
 	m.leaf("for another host", ca, func(c *x509.Certificate) { c.DNSNames = []string{"localhost.example"} })
 	m.leaf("with a name in its subject alone", ca, func(c *x509.Certificate) { c.Subject.CommonName, c.DNSNames = "localhost", nil })
 	m.leaf("with a wildcard that does not reach", ca, func(c *x509.Certificate) { c.DNSNames = []string{"*.localhost"} })
