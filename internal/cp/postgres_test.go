@@ -3,6 +3,7 @@ package cp_test
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
@@ -447,6 +448,49 @@ func TestPostgresStandBy(t *testing.T) {
 	cancel()
 	if err := <-done; err != nil {
 		t.Error(err)
+	}
+}
+
+// TestPostgresStandByWithTLS: where diagnostics have TLS, one that stands by
+// answers with a pair of files; the control plane's own certificate may be in the
+// store, and so the port opens later, which is said.
+func TestPostgresStandByWithTLS(t *testing.T) {
+	t.Parallel()
+	db := pg(t)
+	name := db.migrated(t)
+	run(t, db.in(t, name))
+	cert, key := db.pair(t, db.ca, "diagnostics", nil)
+	for what, pair := range map[string]cp.ServerTLS{"with a pair": {TLSCertFile: cert, TLSKeyFile: key}, "without": {}} {
+		cfg := db.in(t, name)
+		cfg.Diagnostics.TLSEnabled, cfg.Diagnostics.ServerTLS = true, pair
+		ctx, cancel := context.WithCancel(t.Context())
+		log := &watcher{what: "this one stands by", seen: make(chan struct{})}
+		done := make(chan error, 1)
+		go func() {
+			_, err := cp.New(ctx, cfg, slog.New(slog.NewTextHandler(log, nil)))
+			done <- err
+		}()
+		select {
+		case <-log.seen:
+		case err := <-done:
+			t.Fatal(what, err)
+		case <-time.After(patience):
+			t.Fatalf("%s: it does not stand by:\n%s", what, log)
+		}
+		roots := x509.NewCertPool()
+		roots.AddCert(db.ca.Cert)
+		web := &http.Client{Timeout: patience, Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}, DisableKeepAlives: true}}
+		resp, err := web.Get(fmt.Sprintf("https://localhost:%d/healthy", cfg.Diagnostics.ServerPort))
+		if err == nil {
+			_ = resp.Body.Close()
+		}
+		if answers := err == nil && resp.StatusCode == http.StatusOK; answers != (pair.TLSCertFile != "") || answers == strings.Contains(log.String(), "the diagnostics port is closed until this control plane serves") {
+			t.Errorf("%s: %v\n%s", what, err, log)
+		}
+		cancel()
+		if err := <-done; err == nil {
+			t.Errorf("%s: it serves", what)
+		}
 	}
 }
 
