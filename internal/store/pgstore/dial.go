@@ -304,6 +304,9 @@ func causeHint(err error) string {
 		{strings.Contains(said, "server refused TLS connection"), "the server does not speak TLS: set ssl = on there with a certificate; or KUMA_STORE_POSTGRES_TLS_MODE=disable, which sends secrets and the password over the network in plain text"},
 		{strings.Contains(said, "remote error: tls: protocol version"), "the server does not speak this version of TLS: set ssl_min_protocol_version and ssl_max_protocol_version there"},
 		{strings.Contains(said, "remote error: tls:"), "the server does not take the client's certificate: set KUMA_STORE_POSTGRES_TLS_CERT_PATH and KUMA_STORE_POSTGRES_TLS_KEY_PATH to a pair from the CA that the server has as its ssl_ca_file"},
+		// With TLS 1.3 the server looks at the client's certificate after the client
+		// has gone on; where its refusal comes too late to be read, it is a reset.
+		{errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE), "the server hung up, as it does where it does not take the client's certificate: KUMA_STORE_POSTGRES_TLS_CERT_PATH and KUMA_STORE_POSTGRES_TLS_KEY_PATH are to be a pair from the CA that the server has as its ssl_ca_file; the server's log has the reason"},
 		{errors.Is(err, syscall.ECONNREFUSED), "nothing listens there: check KUMA_STORE_POSTGRES_HOST and KUMA_STORE_POSTGRES_PORT, and that the server runs"},
 		{errors.Is(err, syscall.ENOENT), "there is no such socket: check KUMA_STORE_POSTGRES_HOST, and that the server runs"},
 		{pgconn.Timeout(err) || errors.Is(err, context.DeadlineExceeded), "check that the server runs and that nothing between here and there drops the packets; KUMA_STORE_POSTGRES_CONNECTION_TIMEOUT is how long it may take"},
