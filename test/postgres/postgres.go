@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -386,6 +387,38 @@ func (s *Server) Exec(database, sql string, args ...any) {
 		_, err := c.Exec(ctx, sql, args...)
 		return err
 	}))
+}
+
+// Hold runs statements in a transaction, which it keeps open, with all locks it
+// has, until the caller lets it go.
+func (s *Server) Hold(database, sql string) (letGo func()) {
+	s.t.Helper()
+	held, end, ended := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	go func() {
+		ended <- s.with(database, func(ctx context.Context, c *pgx.Conn) error {
+			if _, err := c.Exec(ctx, "begin; "+sql); err != nil {
+				return err
+			}
+			close(held)
+			<-end
+			_, err := c.Exec(ctx, "rollback")
+			return err
+		})
+	}()
+	letGo = sync.OnceFunc(func() {
+		close(end)
+		if err := <-ended; err != nil {
+			s.t.Errorf("hold %s: %v", database, err)
+		}
+	})
+	s.t.Cleanup(letGo)
+	select {
+	case <-held:
+	case err := <-ended:
+		ended <- err
+		s.must(err)
+	}
+	return letGo
 }
 
 // Query runs a query that has one value as its result, in words.

@@ -100,24 +100,32 @@ func opener(c pgstore.Config) storetest.Opener {
 // waiting is a store that has to wait until it may serve.
 type waiting struct {
 	log    logged
-	opened chan *pgstore.Store
+	opened <-chan *pgstore.Store
 }
 
-// standBy opens a store that has to wait.
-func standBy(t *testing.T, c pgstore.Config, name string) *waiting {
+// opening opens a store aside.
+func opening(t *testing.T, c pgstore.Config) <-chan *pgstore.Store {
 	t.Helper()
-	w := &waiting{opened: make(chan *pgstore.Store, 1)}
-	c.Instance, c.Log = name, w.log.logger()
+	opened := make(chan *pgstore.Store, 1)
 	go func() {
-		defer close(w.opened)
+		defer close(opened)
 		s, err := pgstore.Open(t.Context(), c)
 		if err != nil {
 			t.Error(err)
 			return
 		}
 		t.Cleanup(func() { s.Close() })
-		w.opened <- s
+		opened <- s
 	}()
+	return opened
+}
+
+// standBy opens a store that has to wait.
+func standBy(t *testing.T, c pgstore.Config, name string) *waiting {
+	t.Helper()
+	w := new(waiting)
+	c.Instance, c.Log = name, w.log.logger()
+	w.opened = opening(t, c)
 	soon(t, "it stands by", func() bool { return strings.Contains(w.log.String(), "stands by") })
 	if !strings.Contains(w.log.String(), "serving=first since=") {
 		t.Errorf("the log should say who serves: %s", &w.log)
@@ -610,8 +618,11 @@ func TestAnswerLost(t *testing.T) {
 			}()
 			if c.carried {
 				soon(t, "the server has made it", func() bool { return server.Query(config.Database, "select revision from mesh_state") == "2" })
-				wire.cut()
-				wire.set(func() { wire.answerless = false })
+				wire.set(func() {
+					// At once: what comes between is neither answered nor cut.
+					wire.cutAll()
+					wire.answerless = false
+				})
 			}
 			err := within(t, "the write ends", done)
 			if c.says == "" && err != nil {
@@ -652,20 +663,26 @@ func TestSlow(t *testing.T) {
 		t.Parallel()
 		c := config(server, migrated(t, server))
 		s := open(t, c)
-		keepLocked(t, server, c.Database)
+		letGo := server.Hold(c.Database, lockState)
 		_, err := s.Put(t.Context(), store.Set(storetest.FruitOf("a", 1)))
+		letGo()
 		storetest.Says(t, err, errs.Unavailable, "lock", "nothing was changed", "pg_stat_activity")
-		soon(t, "writes go on", func() bool {
-			_, err := s.Put(t.Context(), store.Set(storetest.FruitOf("a", 1)))
-			return err == nil
-		})
+		storetest.Put(t, s, store.Set(storetest.FruitOf("a", 1)))
 	})
 	t.Run("a lock at the start", func(t *testing.T) {
 		t.Parallel()
 		// Such as one of a write that a control plane left behind which is gone.
 		c := config(server, migrated(t, server))
-		keepLocked(t, server, c.Database)
-		storetest.Put(t, open(t, c), store.Set(storetest.FruitOf("a", 1)))
+		letGo := server.Hold(c.Database, lockState)
+		opened := opening(t, c)
+		soon(t, "it waits for the lock", func() bool {
+			return server.Query(c.Database, "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'") == "1"
+		})
+		// It is waited for longer than by a write: one that has begun later gives
+		// up first.
+		server.Exec(c.Database, "set lock_timeout = '6s'; do $$ begin "+lockState+"; raise 'nobody has the lock'; exception when lock_not_available then null; end $$")
+		letGo()
+		storetest.Put(t, within(t, "it serves", opened), store.Set(storetest.FruitOf("a", 1)))
 	})
 	t.Run("no answer", func(t *testing.T) {
 		t.Parallel()
@@ -690,19 +707,8 @@ func TestSlow(t *testing.T) {
 	})
 }
 
-// keepLocked locks the row of mesh_state for longer than a write waits for it.
-func keepLocked(t *testing.T, s *postgres.Server, database string) {
-	t.Helper()
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		s.Exec(database, "update mesh_state set holder = holder; select pg_sleep(7)")
-	}()
-	t.Cleanup(func() { <-done })
-	soon(t, "the row is locked", func() bool {
-		return s.Query(database, "select count(*) from pg_stat_activity where datname = current_database() and wait_event = 'PgSleep'") == "1"
-	})
-}
+// lockState locks the row of mesh_state.
+const lockState = "update mesh_state set holder = holder"
 
 // TestKill kills a process that writes, at any moment.
 func TestKill(t *testing.T) {

@@ -129,9 +129,10 @@ func (w *wire) passes(b []byte, query bool) bool {
 }
 
 // cut cuts all connections.
-func (w *wire) cut() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
+func (w *wire) cut() { w.set(w.cutAll) }
+
+// cutAll is cut, within set.
+func (w *wire) cutAll() {
 	for c := range w.open {
 		_ = c.Close()
 	}
