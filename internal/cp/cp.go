@@ -180,6 +180,8 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 		log.Info("made an authority for the control plane's own certificate; give this file to clients as --ca-cert-file", "file", filepath.Join(dir, pki.CAFile))
 	}
 
+	c.sayAlone()
+
 	// Who may do what.
 	keys := admit.Secrets{Store: c.store}
 	hint := ""
@@ -392,6 +394,14 @@ func (c *ControlPlane) openStore(ctx context.Context, path, instance string) err
 	return nil
 }
 
+// clients are those whose certificates the API takes, the administrators last.
+func (a APIServer) clients() []clientSource {
+	return []clientSource{
+		{"api-server-client-ca", "KUMA_API_SERVER_HTTPS_TLS_CA_FILE", a.HTTPS.TLSCAFile},
+		{"api-server-client-ca", "KUMA_API_SERVER_AUTH_CLIENT_CERTS_DIR", a.Auth.ClientCertsDir},
+	}
+}
+
 // openAPI opens the ports of the API.
 func (c *ControlPlane) openAPI(api *rest.Server, users *auth.Authenticator) error {
 	cfg := c.cfg.APIServer
@@ -417,7 +427,7 @@ func (c *ControlPlane) openAPI(api *rest.Server, users *auth.Authenticator) erro
 		c.http = append(c.http, server{newServer(), l, false})
 	}
 	if cfg.HTTPS.Enabled {
-		clients, err := c.clientCAs(cfg.HTTPS.RequireClientCert, clientSource{"api-server-client-ca", "KUMA_API_SERVER_HTTPS_TLS_CA_FILE", cfg.HTTPS.TLSCAFile}, clientSource{"api-server-client-ca", "KUMA_API_SERVER_AUTH_CLIENT_CERTS_DIR", cfg.Auth.ClientCertsDir})
+		clients, err := c.clientCAs(cfg.HTTPS.RequireClientCert, cfg.clients()...)
 		if err != nil {
 			return err
 		}
@@ -508,7 +518,7 @@ func (c *ControlPlane) Run(ctx context.Context) error {
 	part := func(name string, run func(context.Context) error) {
 		parts.Go(func() error {
 			err := run(inner)
-			if err != nil {
+			if err != nil && c.lost() == nil { // else that is the reason, and told
 				err = fmt.Errorf("%s: %w", name, err)
 				c.log.Error("a part of the control plane failed", "error", err)
 			}
@@ -567,6 +577,9 @@ func (c *ControlPlane) Run(ctx context.Context) error {
 	closeInner()
 	if partErr := parts.Wait(); err == nil {
 		err = partErr
+	}
+	if gone := c.lost(); gone != nil {
+		err = gone
 	}
 	c.log.Info("stopped")
 	return err

@@ -70,6 +70,9 @@ type AdminDataplaneToken struct {
 	Enabled *bool `json:"enabled"`
 }
 
+// adminEnv begins the names of the variables of the server for other machines.
+const adminEnv = "KUMA_ADMIN_SERVER_PUBLIC"
+
 // defaultAdminPort is where Kuma 0.7 had its admin server.
 const defaultAdminPort = 5679
 
@@ -97,6 +100,34 @@ func (a AdminServer) ports() (local, public uint32) {
 		public = cmp.Or(a.Public.Port, local)
 	}
 	return local, public
+}
+
+// doorways are the ports that it opens.
+func (a AdminServer) doorways() []doorway {
+	local, public := a.ports()
+	if local == 0 {
+		return nil
+	}
+	const what = "the admin server"
+	host := a.Public.Interface
+	out := []doorway{{what, "KUMA_ADMIN_SERVER_LOCAL_PORT", "127.0.0.1", local}}
+	switch everywhere := host == "" || host == "0.0.0.0" || host == "::"; {
+	case public == local && everywhere:
+		out[0].host = host
+	case public != 0 && (public != local || host != "127.0.0.1" && host != "localhost"):
+		out = append(out, doorway{what, adminEnv + "_PORT", host, public})
+	}
+	return out
+}
+
+// pair is what the server shows.
+func (p AdminPublic) pair() ServerTLS {
+	return ServerTLS{TLSCertFile: p.TLSCertFile, TLSKeyFile: p.TLSKeyFile}
+}
+
+// clients are those whose certificates the server takes.
+func (p AdminPublic) clients() []clientSource {
+	return []clientSource{{"admin-server-client-ca", adminEnv + "_CLIENT_CERTS_DIR", p.ClientCertsDir}}
 }
 
 // check finds what can't be served.
@@ -237,16 +268,15 @@ func (c *ControlPlane) bindAdmin(api rest.Config, users auth.AuthenticatorConfig
 		c.http = append(c.http, server{local, l, false})
 		return nil
 	}
-	const env = "KUMA_ADMIN_SERVER_PUBLIC"
-	pair, err := c.openPair(env, cfg.Public.TLSCertFile, cfg.Public.TLSKeyFile)
+	pair, err := c.openPair(adminEnv, cfg.Public.TLSCertFile, cfg.Public.TLSKeyFile)
 	if err != nil {
 		return err
 	}
-	clients, err := c.clientCAs(true, clientSource{"admin-server-client-ca", env + "_CLIENT_CERTS_DIR", cfg.Public.ClientCertsDir})
+	clients, err := c.clientCAs(true, cfg.Public.clients()...)
 	if err != nil {
 		return err
 	}
-	t, err := c.cfg.General.tlsOf(env, ServerTLS{}, pair, clients)
+	t, err := c.cfg.General.tlsOf(adminEnv, ServerTLS{}, pair, clients)
 	if err != nil {
 		return err
 	}
@@ -282,7 +312,7 @@ func (c *ControlPlane) bindAdmin(api rest.Config, users auth.AuthenticatorConfig
 			return nil
 		}
 	}
-	if l, err = open(env+"_PORT", host, pp); err != nil {
+	if l, err = open(adminEnv+"_PORT", host, pp); err != nil {
 		return err
 	}
 	c.http = append(c.http, server{public, l, true})

@@ -17,6 +17,14 @@ import (
 	"kuma/internal/xds"
 )
 
+// doorway is a port that is to be opened: for what, by which setting, and where.
+type doorway struct {
+	what, setting, host string
+	port                uint32
+}
+
+func (d doorway) listen() (net.Listener, error) { return listen(d.what, d.setting, d.host, d.port) }
+
 // listen opens a TCP port whose connections notice within seconds that the
 // other side is gone. The setting is named where the port can't be had.
 func listen(what, setting, host string, port uint32) (net.Listener, error) {

@@ -69,6 +69,11 @@ func (m *MonitoringAssignmentServer) faults() (bad []errs.Field) {
 	return bad
 }
 
+// clients are those whose certificates the server takes.
+func (m *MonitoringAssignmentServer) clients() []clientSource {
+	return []clientSource{{"monitoring-assignment-server-client-ca", madsEnv + "_TLS_CA_FILE", m.TLSCAFile}}
+}
+
 // openMADS opens the port at which Prometheus asks which proxies to scrape.
 func (c *ControlPlane) openMADS() error {
 	cfg := c.cfg.MonitoringAssignmentServer
@@ -90,7 +95,7 @@ func (c *ControlPlane) openMADS() error {
 	}
 	s.RegisterOnShutdown(handler.Close)
 	if cfg.TLSEnabled {
-		clients, err := c.clientCAs(cfg.RequireClientCert, clientSource{"monitoring-assignment-server-client-ca", madsEnv + "_TLS_CA_FILE", cfg.TLSCAFile})
+		clients, err := c.clientCAs(cfg.RequireClientCert, cfg.clients()...)
 		if err != nil {
 			return err
 		}

@@ -2,6 +2,7 @@ package cp
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -80,6 +81,11 @@ func run(ctx context.Context, file string, env []string, log *slog.Logger) error
 		return err
 	}
 	return c.Run(ctx)
+}
+
+// stopped tells whether a control plane that could not be made was told to end.
+func stopped(ctx context.Context, err error) bool {
+	return err != nil && errors.Is(ctx.Err(), context.Canceled)
 }
 
 func migrateCommand(out *logOutput, env []string) *cobra.Command {

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"log/slog"
 	"math"
@@ -257,11 +256,8 @@ func (p Postgres) database(files *pki.Files, instance string, log *slog.Logger) 
 // diagnostics port says that this one is alive.
 func (c *ControlPlane) openPostgres(ctx context.Context, instance string) error {
 	log := c.log.With("logger", "store")
-	if err := c.checkFiles(); err != nil {
+	if err := c.checkTakeover(); err != nil {
 		return err
-	}
-	if c.cfg.General.TLSCAStore == caInFile && c.cfg.General.TLSCertFile == "" && c.cfg.DPServer.TLSCertFile == "" {
-		log.Info("the control plane's own authority is in the work directory: another control plane on this database has another one, which proxies of this one do not trust; KUMA_GENERAL_TLS_CA_STORE=store shares it")
 	}
 	cfg, err := c.cfg.Store.Postgres.database(c.files, instance, log)
 	if err != nil {
@@ -305,26 +301,76 @@ func (c *ControlPlane) openPostgres(ctx context.Context, instance string) error 
 	return nil
 }
 
-// checkFiles finds what is wrong with pairs that are opened after the store: one
-// that stands by is not to find out when it is needed.
-func (c *ControlPlane) checkFiles() error {
-	cfg, look := &c.cfg, pki.NewFiles(pki.FilesConfig{Log: slog.New(slog.DiscardHandler)})
-	for env, s := range map[string]struct {
-		opened bool
-		ServerTLS
+// checkTakeover finds what would keep this control plane from serving once it has
+// the store: one that stands by is not to find out when it is needed. The files
+// that are opened after the store are looked at, and the ports are tried.
+func (c *ControlPlane) checkTakeover() error {
+	cfg := &c.cfg
+	// Another one opens the files, so that nothing is watched twice.
+	look := &ControlPlane{cfg: c.cfg, files: pki.NewFiles(pki.FilesConfig{Log: slog.New(slog.DiscardHandler)})}
+	for _, s := range []struct {
+		env     string
+		opened  bool
+		tls     ServerTLS
+		clients []clientSource
 	}{
-		"KUMA_DP_SERVER": {true, cfg.DPServer.ServerTLS}, "KUMA_API_SERVER_HTTPS": {cfg.APIServer.HTTPS.Enabled, cfg.APIServer.HTTPS.ServerTLS},
-		"KUMA_DIAGNOSTICS": {cfg.Diagnostics.TLSEnabled, cfg.Diagnostics.ServerTLS},
-		madsEnv:            {cfg.MonitoringAssignmentServer.Enabled && cfg.MonitoringAssignmentServer.TLSEnabled, cfg.MonitoringAssignmentServer.ServerTLS},
+		{"KUMA_DP_SERVER", true, cfg.DPServer.ServerTLS, nil},
+		{"KUMA_API_SERVER_HTTPS", cfg.APIServer.HTTPS.Enabled, cfg.APIServer.HTTPS.ServerTLS, cfg.APIServer.clients()},
+		{adminEnv, cfg.AdminServer.opened() && cfg.AdminServer.Public.Enabled, cfg.AdminServer.Public.pair(), cfg.AdminServer.Public.clients()},
+		{madsEnv, cfg.MonitoringAssignmentServer.Enabled && cfg.MonitoringAssignmentServer.TLSEnabled, cfg.MonitoringAssignmentServer.ServerTLS, cfg.MonitoringAssignmentServer.clients()},
+		{"KUMA_DIAGNOSTICS", cfg.Diagnostics.TLSEnabled, cfg.Diagnostics.ServerTLS, nil},
 	} {
-		if !s.opened || s.TLSCertFile == "" {
+		if !s.opened {
 			continue
 		}
-		if _, err := look.Pair(env, env+"_TLS_CERT_FILE", s.TLSCertFile, s.TLSKeyFile, cfg.hosts(env)...); err != nil {
+		if _, err := look.certificateOf(s.env, s.tls); err != nil {
+			return err
+		}
+		if _, err := look.clientCAs(false, s.clients...); err != nil {
 			return err
 		}
 	}
+	if cfg.General.TLSCertFile == "" && cfg.General.TLSCAStore == caInFile {
+		dir, err := cfg.workDir()
+		if err != nil {
+			return err
+		}
+		if err := pki.CheckAuthority(dir); err != nil {
+			return err
+		}
+	}
+	for _, d := range cfg.doorways() {
+		l, err := d.listen()
+		if err != nil {
+			return err
+		}
+		defer func() { _ = l.Close() }() // at the end, so that no two are one
+	}
 	return nil
+}
+
+// doorways are the ports that this control plane opens.
+func (c *Config) doorways() []doorway {
+	out := []doorway{{"the server for proxies", "KUMA_DP_SERVER_PORT", "", c.DPServer.Port}}
+	if h := c.APIServer.HTTP; h.Enabled {
+		out = append(out, doorway{"the API server", "KUMA_API_SERVER_HTTP_PORT", h.Interface, h.Port})
+	}
+	if h := c.APIServer.HTTPS; h.Enabled {
+		out = append(out, doorway{"the API server", "KUMA_API_SERVER_HTTPS_PORT", h.Interface, h.Port})
+	}
+	out = append(out, c.AdminServer.doorways()...)
+	if m := c.MonitoringAssignmentServer; m.Enabled {
+		out = append(out, doorway{"the server for monitoring assignments", madsEnv + "_PORT", "", m.Port})
+	}
+	return append(out, doorway{"the diagnostics server", "KUMA_DIAGNOSTICS_SERVER_PORT", "", c.Diagnostics.ServerPort})
+}
+
+// sayAlone says that proxies of this control plane are its own, where that is so:
+// nobody else on the database has its authority, or gets it from there.
+func (c *ControlPlane) sayAlone() {
+	if c.postgres != nil && c.cfg.General.TLSCertFile == "" && c.cfg.DPServer.TLSCertFile == "" && c.certs.Alone() {
+		c.log.Info("the control plane's own authority is in the work directory alone: another control plane on this database, with a directory of its own, has another one, which proxies of this one do not trust; KUMA_GENERAL_TLS_CA_STORE=store shares it")
+	}
 }
 
 // aliveServer answers on the diagnostics port until there is more to tell. It is
@@ -377,6 +423,14 @@ func (c *ControlPlane) followStore(ctx context.Context) error {
 	case <-ctx.Done():
 		return nil
 	}
+}
+
+// lost is why the store is another's; nil while it isn't.
+func (c *ControlPlane) lost() error {
+	if c.postgres == nil {
+		return nil
+	}
+	return c.postgres.Err()
 }
 
 // migrate makes the tables of the store's database, or brings them up to date.
@@ -440,7 +494,7 @@ func (m *poolMetrics) Collect(ch chan<- prometheus.Metric) {
 	counter(m.closed, float64(s.MaxIdleDestroyCount()), "max_idle_time")
 	counter(m.closed, float64(s.MaxLifetimeDestroyCount()), "max_lifetime")
 	counter(m.count, float64(s.EmptyAcquireCount()))
-	counter(m.wait, s.AcquireDuration().Seconds())
+	counter(m.wait, s.EmptyAcquireWaitTime().Seconds())
 }
 
 // databaseLinks describes the connections to the store's database, those that are
@@ -515,9 +569,4 @@ func sameCertificate(a, b *rest.TLSCertificate) bool {
 		return a == b
 	}
 	return *a == *b
-}
-
-// stopped tells whether a control plane that could not be made was told to end.
-func stopped(ctx context.Context, err error) bool {
-	return err != nil && errors.Is(ctx.Err(), context.Canceled)
 }

@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -430,13 +431,6 @@ func TestPostgresStandBy(t *testing.T) {
 		t.Error("proxies can connect to one that stands by")
 	}
 
-	// One that could not serve says so, and does not wait to find out.
-	unfit := db.in(t, name)
-	unfit.DPServer.TLSCertFile, unfit.DPServer.TLSKeyFile = "none.crt", "none.key"
-	if _, err := cp.New(ctx, unfit, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "KUMA_DP_SERVER_TLS_CERT_FILE: ") {
-		t.Errorf("with a pair that is not there: %v", err)
-	}
-
 	proxy.Close()
 	stop()
 	eventually(t, "the second serves", func() bool { return strings.Contains(log.String(), "msg=ready ") })
@@ -448,6 +442,116 @@ func TestPostgresStandBy(t *testing.T) {
 	cancel()
 	if err := <-done; err != nil {
 		t.Error(err)
+	}
+}
+
+// TestPostgresUnfit: one that could not serve says so, and does not stand by to
+// find out when it is needed.
+func TestPostgresUnfit(t *testing.T) {
+	t.Parallel()
+	db := pg(t)
+	name := db.migrated(t)
+	run(t, db.in(t, name))
+	cert, key := db.pair(t, db.ca, "unfit", nil)
+	pair, missing := cp.ServerTLS{TLSCertFile: cert, TLSKeyFile: key}, cp.ServerTLS{TLSCertFile: "none.crt", TLSKeyFile: "none.key"}
+	held, err := net.Listen("tcp", ":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = held.Close() }()
+	taken := uint32(held.Addr().(*net.TCPAddr).Port)
+	clients := t.TempDir()
+	if err := os.Symlink(db.caFile, filepath.Join(clients, "ca.crt")); err != nil {
+		t.Fatal(err)
+	}
+	public := func(c *cp.Config) *cp.AdminPublic {
+		p := &c.AdminServer.Public
+		c.AdminServer.Local.Port = freePort(t)
+		p.Enabled, p.Interface, p.TLSCertFile, p.TLSKeyFile, p.ClientCertsDir = true, "127.0.0.1", cert, key, clients
+		return p
+	}
+	for want, change := range map[string]func(*cp.Config){
+		"KUMA_DP_SERVER_TLS_CERT_FILE":                    func(c *cp.Config) { c.DPServer.ServerTLS = missing },
+		"KUMA_API_SERVER_HTTPS_TLS_CERT_FILE":             func(c *cp.Config) { c.APIServer.HTTPS.ServerTLS = missing },
+		"KUMA_API_SERVER_HTTPS_TLS_CA_FILE":               func(c *cp.Config) { c.APIServer.HTTPS.TLSCAFile = "none.crt" },
+		"KUMA_API_SERVER_AUTH_CLIENT_CERTS_DIR":           func(c *cp.Config) { c.APIServer.Auth.ClientCertsDir = "none" },
+		"KUMA_ADMIN_SERVER_PUBLIC_TLS_CERT_FILE":          func(c *cp.Config) { p := public(c); p.TLSCertFile, p.TLSKeyFile = "none.crt", "none.key" },
+		"KUMA_ADMIN_SERVER_PUBLIC_CLIENT_CERTS_DIR":       func(c *cp.Config) { public(c).ClientCertsDir = "none" },
+		"KUMA_MONITORING_ASSIGNMENT_SERVER_TLS_CERT_FILE": func(c *cp.Config) { m := &c.MonitoringAssignmentServer; m.TLSEnabled, m.ServerTLS = true, missing },
+		"KUMA_MONITORING_ASSIGNMENT_SERVER_TLS_CA_FILE": func(c *cp.Config) {
+			m := &c.MonitoringAssignmentServer
+			m.TLSEnabled, m.ServerTLS, m.TLSCAFile = true, pair, "none.crt"
+		},
+		"KUMA_DIAGNOSTICS_TLS_CERT_FILE": func(c *cp.Config) { c.Diagnostics.TLSEnabled, c.Diagnostics.ServerTLS = true, missing },
+		"kuma-cp.crt": func(c *cp.Config) {
+			if err := errors.Join(os.MkdirAll(c.General.WorkDir, 0o700), os.WriteFile(filepath.Join(c.General.WorkDir, "kuma-cp.crt"), []byte("rubbish"), 0o600), os.WriteFile(filepath.Join(c.General.WorkDir, "kuma-cp.key"), []byte("rubbish"), 0o600)); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"apiServer.corsAllowedDomains":           func(c *cp.Config) { c.APIServer.CORSAllowedDomains = []string{"("} },
+		"KUMA_DP_SERVER_PORT":                    func(c *cp.Config) { c.DPServer.Port = taken },
+		"KUMA_API_SERVER_HTTP_PORT":              func(c *cp.Config) { c.APIServer.HTTP.Port = taken },
+		"KUMA_API_SERVER_HTTPS_PORT":             func(c *cp.Config) { c.APIServer.HTTPS.Port = taken },
+		"KUMA_ADMIN_SERVER_LOCAL_PORT":           func(c *cp.Config) { c.AdminServer.Local.Port = taken },
+		"KUMA_ADMIN_SERVER_PUBLIC_PORT":          func(c *cp.Config) { public(c).Port = taken },
+		"KUMA_MONITORING_ASSIGNMENT_SERVER_PORT": func(c *cp.Config) { c.MonitoringAssignmentServer.Port = c.DPServer.Port },
+		"KUMA_DIAGNOSTICS_SERVER_PORT":           func(c *cp.Config) { c.Diagnostics.TLSEnabled, c.Diagnostics.ServerPort = true, taken },
+	} {
+		unfit := db.in(t, name)
+		change(&unfit)
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		log := &watcher{what: "this one stands by", seen: make(chan struct{})}
+		done := make(chan error, 1)
+		go func() {
+			_, err := cp.New(ctx, unfit, slog.New(slog.NewTextHandler(log, nil)))
+			done <- err
+		}()
+		select {
+		case <-log.seen:
+			t.Errorf("%s: it stands by", want)
+			cancel()
+			<-done
+		case err := <-done:
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%v, want one with %s", err, want)
+			}
+		}
+		cancel()
+	}
+}
+
+// TestPostgresOwnAuthority: that a control plane's authority is its own is said
+// where it is so, and not where others on the database get the same.
+func TestPostgresOwnAuthority(t *testing.T) {
+	t.Parallel()
+	db := pg(t)
+	name := db.migrated(t)
+	cfg := db.in(t, name)
+	const alone, taken = "in the work directory alone", "the authority was taken over from the store"
+	for _, c := range []struct {
+		what, keep string
+		fresh      bool // an empty work directory
+		want       []string
+	}{
+		{"at first", "file", true, []string{alone}},
+		{"again", "file", false, []string{alone}},
+		{"from the store", "store", true, nil},
+		{"no longer from the store", "file", true, []string{taken}},
+		{"both have it", "file", false, nil},
+	} {
+		if c.fresh {
+			cfg.General.WorkDir = filepath.Join(t.TempDir(), "work")
+		}
+		cfg.General.TLSCAStore = c.keep
+		_, log, err := starts(t, cfg)
+		if err != nil {
+			t.Fatal(c.what, err)
+		}
+		for _, said := range []string{alone, taken} {
+			if strings.Contains(log, said) != slices.Contains(c.want, said) {
+				t.Errorf("%s: %q is said or not:\n%s", c.what, said, log)
+			}
+		}
 	}
 }
 
@@ -550,8 +654,12 @@ func TestPostgresLost(t *testing.T) {
 	db.Exec(name, "select pg_terminate_backend(pid) from pg_stat_activity where datname = $1 and pid <> pg_backend_pid()", name)
 	select {
 	case err := <-done:
-		if err == nil || !strings.Contains(err.Error(), `another control plane, "cp-2", has taken over`) {
+		const reason = `another control plane, \"cp-2\", has taken over`
+		if err == nil || !strings.Contains(err.Error(), strings.ReplaceAll(reason, `\`, "")) || !strings.HasPrefix(err.Error(), "this control plane ") {
 			t.Errorf("%v", err)
+		}
+		if all := log.String(); strings.Count(all, reason) != 1 || strings.Contains(all, "a part of the control plane failed") {
+			t.Errorf("the reason is not said once:\n%s", all)
 		}
 	case <-time.After(patience):
 		t.Fatalf("it goes on:\n%s", log)

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"time"
 
 	"kuma/internal/auth"
@@ -124,6 +125,11 @@ func (c *Config) check() error {
 	} {
 		if d.v <= 0 {
 			add(d.path, "must be positive")
+		}
+	}
+	for _, d := range c.APIServer.CORSAllowedDomains {
+		if _, err := regexp.Compile("^(?:" + d + ")$"); err != nil {
+			add("apiServer.corsAllowedDomains", "%q is not a regular expression: %v", d, err)
 		}
 	}
 	bad = append(bad, c.MonitoringAssignmentServer.faults()...)

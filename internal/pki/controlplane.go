@@ -237,6 +237,19 @@ func (cp *ControlPlane) first(dir dirVault) (authorities, uint64, error) {
 	}
 }
 
+// Alone tells whether the authority is in Dir and nowhere else: neither a Vault
+// has it, nor has a Former kept it.
+func (cp *ControlPlane) Alone() bool {
+	if cp.config.Vault != nil {
+		return false
+	}
+	if cp.config.Former == nil {
+		return true
+	}
+	kept, _, err := sharedVault{cp.config.Former}.load()
+	return err == nil && !bytes.Equal(kept.current.text, cp.view.Load().state.current.text)
+}
+
 // setAside moves a key out of the way that is not used while the authority is
 // kept elsewhere, and what belongs to it.
 func (cp *ControlPlane) setAside() error {

@@ -354,13 +354,9 @@ func (v dirVault) load() (authorities, uint64, error) {
 		if !haveCert && !haveKey { // the user wants a new authority, and gets one
 			return authorities{}, 0, os.Remove(rotation)
 		}
-		text, err := readFile(rotation)
+		s, err := v.rotation()
 		if err != nil {
-			return authorities{}, 0, errs.New(errs.Invalid, "read the rotation of the authority: %w", err)
-		}
-		s, err := decodeAuthorities(text)
-		if err != nil {
-			return s, 0, errs.New(errs.KindOf(err), "%s: %w; bring the file back, or remove it to go on with the authority in %s", rotation, err, CAFile)
+			return s, 0, err
 		}
 		if s.Step != StepSteady || s.Held.IsZero() || !haveCert || !haveKey {
 			return s, 0, v.follow(s)
@@ -379,20 +375,58 @@ func (v dirVault) load() (authorities, uint64, error) {
 	case !haveCert: // a key alone was left by a crash: nobody trusts it yet
 		return authorities{}, 0, nil
 	}
+	s, err := v.pair()
+	return s, 0, err
+}
+
+// rotation reads RotationFile.
+func (v dirVault) rotation() (authorities, error) {
+	file := v.path(RotationFile)
+	text, err := readFile(file)
+	if err != nil {
+		return authorities{}, errs.New(errs.Invalid, "read the rotation of the authority: %w", err)
+	}
+	s, err := decodeAuthorities(text)
+	if err != nil {
+		return s, errs.New(errs.KindOf(err), "%s: %w; bring the file back, or remove it to go on with the authority in %s", file, err, CAFile)
+	}
+	return s, nil
+}
+
+// pair reads kuma-cp.crt and kuma-cp.key, which are there.
+func (v dirVault) pair() (authorities, error) {
+	certFile, keyFile := v.path(CAFile), v.path(CAKeyFile)
 	mend := fmt.Sprintf("or remove both %s and %s to have new ones made (clients then need the new %s)", CAFile, CAKeyFile, CAFile)
 	pair, text, err := LoadPair(certFile, keyFile)
 	if err != nil {
-		return authorities{}, 0, errs.New(errs.KindOf(err), "%w; %s", err, mend)
+		return authorities{}, errs.New(errs.KindOf(err), "%w; %s", err, mend)
 	}
 	keyText, err := readFile(keyFile)
 	if err != nil {
-		return authorities{}, 0, errs.New(errs.Invalid, "read the key: %w", err)
+		return authorities{}, errs.New(errs.Invalid, "read the key: %w", err)
 	}
 	s := authorities{Step: StepSteady, Since: pair.Leaf.NotBefore}
 	if s.current, err = readAuthority(text, keyText); err != nil {
-		return s, 0, errs.New(errs.KindOf(err), "%s: %w; %s", certFile, err, mend)
+		return s, errs.New(errs.KindOf(err), "%s: %w; %s", certFile, err, mend)
 	}
-	return s, 0, nil
+	return s, nil
+}
+
+// CheckAuthority tells whether OpenControlPlane could use the authority that a
+// directory holds, and changes nothing. It is content where there is none, or one
+// that lacks its key or has ended: another may come from a Vault. Errors are
+// those of OpenControlPlane.
+func CheckAuthority(dir string) error {
+	v := dirVault{dir}
+	if v.lacks() != "" {
+		return nil
+	}
+	read := v.pair
+	if there(v.path(RotationFile)) {
+		read = v.rotation
+	}
+	_, err := read()
+	return err
 }
 
 // oldSuffix is for files that are no longer used, and kept for a person.
