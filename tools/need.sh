@@ -10,9 +10,9 @@ set -euo pipefail
 missing=()
 for need in "$@"; do
 	program="${need#*=}"
-	if ! command -v "${program%%:*}" >/dev/null && ! compgen -G "${program#*:}" >/dev/null; then
-		missing+=("${need%%=*}")
-	fi
+	command -v "${program%%:*}" >/dev/null && continue
+	[[ $program == *:* ]] && compgen -G "${program#*:}" >/dev/null && continue
+	missing+=("${need%%=*}")
 done
 [ "${#missing[@]}" != 0 ] || exit 0
 

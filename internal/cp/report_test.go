@@ -407,8 +407,6 @@ func TestReportOfProxies(t *testing.T) {
 	wantSaid(t, report, "critical: proxies need no credential", "critical: callers without a credential may read and write most resources")
 }
 
-// A proxy that does not answer is waited for no longer than it may take, and
-// never more than a few are asked at once.
 // A file that may lack an issuer is a note, which --check lets pass: a private
 // root that signs directly is right.
 func TestReportOfGaps(t *testing.T) {
@@ -419,6 +417,8 @@ func TestReportOfGaps(t *testing.T) {
 	wantSaid(t, reportOf(t, r, "default"), `note: the certificate file ends with a certificate whose issuer is neither in it nor known to this control plane: dp-server: /tls/dp.crt lacks "CN=between",general: /tls/general.crt lacks "CN=other"`)
 }
 
+// A proxy that does not answer is waited for no longer than it may take, and
+// never more than a few are asked at once.
 func TestReportIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var cs connections

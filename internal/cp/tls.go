@@ -381,8 +381,8 @@ func (c *ControlPlane) tlsPosture() {
 	}
 }
 
-// pool is what is trusted now: nothing where there is no source. It is never nil, which would mean the
-// authorities of this machine.
+// pool is what is trusted now: nothing where there is no source. It is never
+// nil, which would mean the authorities of this machine.
 func (a *clientCAs) pool() *x509.CertPool {
 	if a == nil {
 		return x509.NewCertPool()

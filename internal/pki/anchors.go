@@ -23,8 +23,9 @@ type Anchors struct{ Pool }
 // Anchors loads the certificates by which a server is verified, and watches
 // them: authorities, or a server's own certificate, which then is trusted by
 // itself. Those that have ended are left out, with a warning where the file is no
-// bundle of many; there must be one that is valid. Errors begin with the setting, name the file and say how to
-// mend it. The name is that of the Expiry.
+// bundle of many; there must be one that is valid. Errors begin with the
+// setting, name the file and say how to mend it. The name is that of the
+// Expiry.
 func (f *Files) Anchors(name, setting, file string) (*Anchors, error) {
 	a := &Anchors{Pool{name: name, path: file}}
 	if _, err := f.open(setting, a); err != nil {

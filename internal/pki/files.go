@@ -407,8 +407,8 @@ type shown struct {
 // checked: both are PEM without rubbish, belong together, are valid now and
 // strong enough; the leaf is for servers and names one, and each of the hosts;
 // the chain is in order. Whether it is complete is told where it can be (Gaps).
-// Errors begin with the setting, name the file and say
-// how to mend it. The name is that of the Expiry.
+// Errors begin with the setting, name the file and say how to mend it. The
+// name is that of the Expiry.
 func (f *Files) Pair(name, setting, certFile, keyFile string, hosts ...Host) (*Pair, error) {
 	p := &Pair{name: name, certFile: certFile, keyFile: keyFile, whose: ofServer, hosts: hosts}
 	return p, p.open(f, setting)

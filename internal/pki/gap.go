@@ -9,10 +9,10 @@ import (
 	"time"
 )
 
-// Gap is a server's pair whose file ends with a certificate of an issuer that is neither
-// in the file nor known here. Either the file lacks an intermediate authority,
-// and clients refuse the server; or a private root signed the last certificate,
-// and clients have it: that can't be told from here.
+// Gap is a server's pair whose file ends with a certificate of an issuer that
+// is neither in the file nor known here. Either the file lacks an intermediate
+// authority, and clients refuse the server; or a private root signed the last
+// certificate, and clients have it: that can't be told from here.
 type Gap struct {
 	// Name is that of the pair's Expiry.
 	Name string
@@ -36,8 +36,8 @@ func (g Gap) String() string {
 		g.File, g.Subject, g.Issuer, from)
 }
 
-// Gaps lists the servers' pairs whose chain is not known to be complete: empty where
-// FilesConfig has no Known.
+// Gaps lists the servers' pairs whose chain is not known to be complete: empty
+// where FilesConfig has no Known.
 func (f *Files) Gaps() []Gap {
 	f.mu.Lock()
 	all := slices.Clone(f.watched)

@@ -233,11 +233,11 @@ func (r *Rotator) own() error {
 
 // Do carries an order out. It returns the proxies that the order cut off: those
 // that can't connect anew until they are given the new authority, since it was
-// carried out by force, or after the old authority's end. Errors: Invalid for an unknown order; Conflict where
-// there is nothing to rotate, where it is not this one's turn, or where proxies
-// would lose their trust, which are named then, which Force does all the same;
-// Unavailable where the step was taken and is kept, but what follows from it could
-// not be written yet.
+// carried out by force, or after the old authority's end. Errors: Invalid for
+// an unknown order; Conflict where there is nothing to rotate, where it is not
+// this one's turn, or where proxies would lose their trust, which are named
+// then, which Force does all the same; Unavailable where the step was taken
+// and is kept, but what follows from it could not be written yet.
 func (r *Rotator) Do(order Order, force bool) (cutOff []Recipient, err error) {
 	return r.do(order, force, false)
 }

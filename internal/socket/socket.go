@@ -16,8 +16,9 @@ import (
 // Owner tells which user holds the other end of a connection on this machine:
 // the socket whose own address is local and whose peer is remote. It asks the
 // kernel (Linux: sock_diag; where that is not to be had, the tables in
-// /proc/net/tcp) and reports false where nobody is known for certain: a connection that was not yet accepted or is closed, a user of
-// another user namespace, a peer in another network namespace, another system.
+// /proc/net/tcp) and reports false where nobody is known for certain: a
+// connection that was not yet accepted or is closed, a user of another user
+// namespace, a peer in another network namespace, another system.
 func Owner(local, remote netip.AddrPort) (uid uint32, ok bool) {
 	overflow := uint64(65534)
 	if b, err := os.ReadFile("/proc/sys/kernel/overflowuid"); err == nil {

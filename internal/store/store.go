@@ -15,9 +15,9 @@ import (
 // Store keeps resources.
 //
 // Every Put takes the next revision, which all its writes share; revision order
-// is commit order, for all readers. What a read returns is shared and never changed. Errors are of
-// package errs: NotFound, Conflict, Unavailable (can't write or read now), and
-// Internal.
+// is commit order, for all readers. What a read returns is shared and never
+// changed. Errors are of package errs: NotFound, Conflict, Unavailable (can't
+// write or read now), and Internal.
 type Store interface {
 	// Get returns one resource, or errs.NotFound.
 	Get(ctx context.Context, key resource.Key) (*resource.Resource, error)
