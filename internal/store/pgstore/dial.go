@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"math"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"syscall"
@@ -40,6 +41,13 @@ const session = `set statement_timeout = '10s';
 set lock_timeout = '5s';
 set idle_in_transaction_session_timeout = '15s';
 select set_config('synchronous_commit', 'on', false) where current_setting('synchronous_commit') = 'off'`
+
+// unset has a value for all that the library would take from the environment, or
+// from files of the home directory, and is the better off without. What counts
+// is set afterwards.
+const unset = `host=localhost port=5432 user=none password=none database=none application_name=none options='' timezone=UTC connect_timeout=0 target_session_attrs=any
+passfile='' servicefile='' sslmode=disable sslrootcert='' sslcert='' sslkey='' sslpassword='' sslcertmode=allow sslnegotiation='' sslsni=1
+min_protocol_version=3.0 max_protocol_version=3.0 channel_binding=prefer require_auth=''`
 
 // readWrite is how all transactions are made. Each that writes begins by
 // locking the one row of mesh_state; what it reads after that is the present
@@ -94,9 +102,11 @@ func newDialer(c Config) (*dialer, error) {
 		where: fmt.Sprintf("the database %s at %s", c.Database, net.JoinHostPort(c.Host, fmt.Sprint(c.Port))),
 		user:  c.User, timeout: orElse(c.ConnectTimeout, 5*time.Second), tls: c.TLS, links: map[*link]bool{},
 	}
-	// The library takes defaults from the environment and the home directory;
-	// all that counts is set here, after that.
-	pool, err := pgxpool.ParseConfig("host=localhost port=5432 user=none password=none database=none sslmode=disable")
+	if service := os.Getenv("PGSERVICE"); service != "" {
+		// The one setting that can't be overruled.
+		return nil, errs.New(errs.Invalid, "the environment has PGSERVICE=%s, which counts for nothing here: unset it", service)
+	}
+	pool, err := pgxpool.ParseConfig(unset)
 	if err != nil {
 		return nil, errs.New(errs.Invalid, "the environment's own settings for PostgreSQL, which begin with PG, can't be used: %w: unset them", err)
 	}
@@ -269,7 +279,33 @@ func words(err error) string {
 	if c, ok := errors.AsType[*pgconn.ConnectError](err); ok {
 		err = errors.Unwrap(c)
 	}
+	// Where TLS fails, what was being sent when it did says nothing.
+	if cause := tlsCause(err); cause != nil {
+		err = cause
+	}
 	return strings.ReplaceAll(err.Error(), "\n", "; ")
+}
+
+// tlsCause is the error of TLS alone that is in another one, or nil.
+func tlsCause(err error) error {
+	for _, prefix := range []string{"tls: ", "x509: ", "remote error: tls: "} {
+		if strings.HasPrefix(err.Error(), prefix) {
+			return err
+		}
+	}
+	switch outer := err.(type) {
+	case interface{ Unwrap() error }:
+		if inner := outer.Unwrap(); inner != nil {
+			return tlsCause(inner)
+		}
+	case interface{ Unwrap() []error }:
+		for _, inner := range outer.Unwrap() {
+			if cause := tlsCause(inner); cause != nil {
+				return cause
+			}
+		}
+	}
+	return nil
 }
 
 // hint says what to do about an error.

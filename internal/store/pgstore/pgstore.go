@@ -15,10 +15,12 @@
 // and what is in memory is what is in the database.
 //
 // It works with PostgreSQL 12 and later, directly or through pgbouncer in
-// session mode. In transaction mode an advisory lock stays behind on a connection
-// that is somebody else's next: the token still keeps the data safe, but two
-// control planes may take the database from each other again and again. That is
-// refused where it is noticed.
+// session mode. Transaction mode is not supported: there an advisory lock stays
+// behind on a connection that is somebody else's next, who has it then, too. The
+// token still keeps the data safe, but two control planes may take the database
+// from each other again and again. A connection that has the lock before it asks
+// for it, or no longer has it after, is refused; so are statements that clash.
+// Where a pooler happens to show none of these, nothing is noticed.
 package pgstore
 
 import (
@@ -100,6 +102,8 @@ type Store struct {
 	mu     sync.Mutex
 	broken error
 	gone   error
+	// away is when the lock went; zero while it is there.
+	away time.Time
 }
 
 const (
@@ -107,6 +111,10 @@ const (
 	// tellEvery how often it says that it stands by.
 	pollEvery = time.Second
 	tellEvery = time.Minute
+	// yield is how long a store that stands by and could not reach the database
+	// leaves the lock to who had it, and has lost its connection, most likely, for
+	// the same reason: that tries every pollEvery at least.
+	yield = 3 * time.Second
 	// askLimit bounds a question about the state of things.
 	askLimit = 5 * time.Second
 	// loadLimit bounds the reading of all there is.
@@ -154,21 +162,34 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 	return s, nil
 }
 
-// errHeld says that another has the lock.
-var errHeld = errors.New("another control plane has the lock")
+var (
+	// errHeld says that another has the lock.
+	errHeld = errors.New("another control plane has the lock")
+	// errShared says that a connection's session is not its own.
+	errShared = errors.New("the connection is shared with others")
+)
+
+// shared is the error of a connection whose session is not its own.
+func (s *Store) shared() error {
+	return &errs.Error{
+		Kind: errs.Unavailable, Cause: errShared,
+		Message: fmt.Sprintf("%s is behind something that shares connections, such as pgbouncer in transaction mode, and the lock went astray: use session mode, or connect to the server itself", s.where),
+	}
+}
 
 // takeOver waits for the lock, makes the database this store's, and reads it.
 func (s *Store) takeOver(ctx context.Context) error {
 	var told time.Time
-	away := false
+	away, late := false, false
 	for {
-		by, err := s.try(ctx)
+		by, err := s.try(ctx, late)
 		held := errors.Is(err, errHeld)
+		late = err != nil && !held
 		switch {
 		case err == nil:
 			return nil
 		case ctx.Err() != nil:
-		case !held && (told.IsZero() || !isBroken(err) || errors.Is(err, errTables)):
+		case !held && (told.IsZero() || !isBroken(err) || errors.Is(err, errTables) || errors.Is(err, errShared)):
 			return s.failed("take over", err)
 		case away != held && time.Since(told) < tellEvery:
 			// That was said a moment ago.
@@ -202,11 +223,23 @@ type holding struct {
 	holder, instance string
 	since            *time.Time
 	revision         uint64
+	// had: the connection had the lock before it asked for it.
+	had bool
 }
 
 // try takes the database over, if nobody serves from it. It keeps the
-// connection, in s.lock, for the next time, or while the store serves.
-func (s *Store) try(ctx context.Context) (by holding, err error) {
+// connection, in s.lock, for the next time, or while the store serves. One that
+// is late, as it could not reach the database before, leaves the lock to others
+// for a while.
+func (s *Store) try(ctx context.Context, late bool) (by holding, err error) {
+	if s.lock == nil {
+		if err := s.prepare(ctx); err != nil {
+			return by, err
+		}
+		if late && !pause(ctx, yield) {
+			return by, ctx.Err()
+		}
+	}
 	asking, stop := context.WithTimeout(ctx, s.timeout+askLimit)
 	defer stop()
 	defer func() {
@@ -214,16 +247,12 @@ func (s *Store) try(ctx context.Context) (by holding, err error) {
 			s.drop()
 		}
 	}()
-	if s.lock == nil {
-		if s.lock, err = s.connectLock(asking); err != nil {
-			return by, err
-		}
-		if err := s.checkSchema(asking, s.lock); err != nil {
-			return by, err
-		}
-	}
 	by, got, err := s.ask(asking, s.lock)
-	if err == nil && !got {
+	switch {
+	case err != nil:
+	case by.had:
+		err = s.shared()
+	case !got:
 		err = errHeld
 	}
 	if err == nil {
@@ -234,6 +263,21 @@ func (s *Store) try(ctx context.Context) (by holding, err error) {
 		err = s.take(ctx, s.lock)
 	}
 	return by, err
+}
+
+// prepare makes the lock's connection, to a database that can be used.
+func (s *Store) prepare(ctx context.Context) error {
+	ctx, stop := context.WithTimeout(ctx, s.timeout+askLimit)
+	defer stop()
+	var err error
+	if s.lock, err = s.connectLock(ctx); err != nil {
+		return err
+	}
+	if err := s.checkSchema(ctx, s.lock); err != nil {
+		s.drop()
+		return err
+	}
+	return nil
 }
 
 // drop gives the lock's connection up.
@@ -269,17 +313,21 @@ func (s *Store) connectLock(ctx context.Context) (*pgx.Conn, error) {
 	return conn, nil
 }
 
-// ask tells who serves, and takes the lock where it is free. A replica has locks
-// too, which say nothing about the primary's, so it is refused.
+// ask tells who serves, and takes the lock where it is free. A session that has it
+// gets it again; so it is looked up first. A replica has locks too, which say
+// nothing about the primary's, so it is refused.
 func (s *Store) ask(ctx context.Context, conn *pgx.Conn) (by holding, got bool, err error) {
 	replica := false
-	err = conn.QueryRow(ctx, "select holder, instance, since, revision, pg_is_in_recovery(), pg_try_advisory_lock($1) from mesh_state", int64(lockServe)).
-		Scan(&by.holder, &by.instance, &by.since, &by.revision, &replica, &got)
+	err = conn.QueryRow(ctx, "with lock as materialized (select "+hasLock+" as had) select holder, instance, since, revision, had, pg_is_in_recovery(), pg_try_advisory_lock($1) from mesh_state, lock", int64(lockServe)).
+		Scan(&by.holder, &by.instance, &by.since, &by.revision, &by.had, &replica, &got)
 	if err == nil && replica {
 		err = errs.New(errs.Unavailable, "%s is a replica, which can't be written: set KUMA_STORE_POSTGRES_HOST to the primary", s.where)
 	}
 	return by, got, err
 }
+
+// hasLock tells whether a session has the lock $1.
+const hasLock = "exists (select from pg_locks where locktype = 'advisory' and pid = pg_backend_pid() and (classid::bigint << 32 | objid::bigint) = $1)"
 
 // take makes the database this store's and reads all that is in it. Whoever
 // served before has either committed what it was writing, and it is read here,
@@ -295,13 +343,13 @@ func (s *Store) take(ctx context.Context, conn *pgx.Conn) error {
 			return err
 		}
 		var locked bool
-		err := tx.QueryRow(ctx, "update mesh_state set holder = $1, instance = $2, since = now() returning revision, exists (select from pg_locks where locktype = 'advisory' and pid = pg_backend_pid() and (classid::bigint << 32 | objid::bigint) = $3)",
-			s.holder, s.instance, int64(lockServe)).Scan(&revision, &locked)
+		err := tx.QueryRow(ctx, "update mesh_state set holder = $2, instance = $3, since = now() returning revision, "+hasLock,
+			int64(lockServe), s.holder, s.instance).Scan(&revision, &locked)
 		if err != nil {
 			return err
 		}
 		if !locked {
-			return errs.New(errs.Unavailable, "%s is behind something that shares connections, such as pgbouncer in transaction mode, and the lock went astray: use session mode", s.where)
+			return s.shared()
 		}
 		rows, err := tx.Query(ctx, "select kind, mesh, name, data from mesh_resources")
 		if err != nil {
@@ -333,11 +381,13 @@ func (s *Store) guard(ctx context.Context) {
 		if err == nil {
 			continue
 		}
+		s.gotLock(false)
 		s.log.Warn("the connection that holds the database's lock broke; it is made anew", "store", s.where, "error", words(err))
 		s.drop()
 		if !s.regain(ctx) {
 			return
 		}
+		s.gotLock(true)
 		s.log.Info("this control plane has the database's lock again", "store", s.where)
 	}
 }
@@ -379,6 +429,8 @@ func (s *Store) reacquire(ctx context.Context) error {
 		return err
 	case by.holder != s.holder:
 		return s.lose(by)
+	case by.had:
+		return s.shared()
 	case !got:
 		// Most likely the server hasn't noticed yet that the old connection is
 		// gone.
@@ -433,6 +485,27 @@ func (s *Store) Err() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.gone
+}
+
+// Away is for how long the store has not had the database's lock, as far as it
+// knows; 0 where it has it. It goes on with what is in memory meanwhile, and
+// another control plane may have taken over.
+func (s *Store) Away() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.away.IsZero() {
+		return 0
+	}
+	return max(time.Since(s.away), 1)
+}
+
+// gotLock notes that the lock is there, or went.
+func (s *Store) gotLock(there bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.away = (time.Time{}); !there {
+		s.away = time.Now()
+	}
 }
 
 // Connections has an entry for each connection that is open now: the state of

@@ -300,6 +300,84 @@ func TestStandBy(t *testing.T) {
 	}
 }
 
+// TestStandByYields: after a time without the database, who served before has the
+// first go at the lock.
+func TestStandByYields(t *testing.T) {
+	t.Parallel()
+	_, c, first := served(t)
+	storetest.Put(t, first, store.Set(storetest.FruitOf("a", 10)))
+	wire, c2 := newWire(t, c)
+	second := standBy(t, c2, "second")
+	wire.sever()
+	soon(t, "it says so", func() bool { return strings.Contains(second.log.String(), "goes on standing by") })
+	first.Close()
+	mended := time.Now()
+	wire.mend()
+	s := within(t, "the other takes over", second.opened)
+	if waited := time.Since(mended); waited < 3*time.Second {
+		t.Errorf("it took over after %v, want 3s at least", waited)
+	}
+	storetest.Put(t, s, store.Set(storetest.FruitOf("b", 10)))
+}
+
+// TestAway: a store knows how long it has been without the lock.
+func TestAway(t *testing.T) {
+	t.Parallel()
+	server := postgres.Start(t, postgres.Options{})
+	wire, c := newWire(t, config(server, migrated(t, server)))
+	s := open(t, c)
+	for range 2 {
+		if away := s.Away(); away != 0 {
+			t.Errorf("%v without the lock that it has", away)
+		}
+		wire.sever()
+		soon(t, "it knows", func() bool { return s.Away() > 0 })
+		before := s.Away()
+		soon(t, "it goes on", func() bool { return s.Away() > before+10*time.Millisecond })
+		wire.mend()
+		soon(t, "it is over", func() bool { return s.Away() == 0 })
+	}
+}
+
+// TestAnothersSession: a connection that has the lock before it was asked for is
+// one that is shared with who serves, as a pooler's may be.
+func TestAnothersSession(t *testing.T) {
+	t.Parallel()
+	server, c, s := served(t)
+	storetest.Put(t, s, store.Set(storetest.FruitOf("a", 10)))
+	key := server.Query(c.Database, "select (classid::bigint << 32) | objid::bigint from pg_locks where locktype = 'advisory'")
+	take := "select pg_advisory_lock(" + key + ")"
+	s.Close()
+	wire, c := newWire(t, c)
+	wire.set(func() { wire.first = take })
+	_, err := pgstore.Open(t.Context(), c)
+	storetest.Says(t, err, errs.Unavailable, "pgbouncer in transaction mode", "use session mode")
+	if got := server.Query(c.Database, "select holder from mesh_state"); got != "" {
+		t.Errorf("it has taken the database: %q", got)
+	}
+
+	// So is one that is found while standing by, and by who has lost it.
+	wire.set(func() { wire.first = "" })
+	s = open(t, c)
+	log := new(logged)
+	c.Log = log.logger()
+	failed := make(chan error, 1)
+	go func() {
+		_, err := pgstore.Open(t.Context(), c)
+		failed <- err
+	}()
+	soon(t, "it stands by", func() bool { return strings.Contains(log.String(), "stands by") })
+	wire.set(func() {
+		wire.first = take
+		wire.cutAll()
+	})
+	storetest.Says(t, within(t, "the wait ends", failed), errs.Unavailable, "pgbouncer in transaction mode", "use session mode")
+	soon(t, "it is without the lock", func() bool { return s.Away() > 0 })
+	wire.set(func() { wire.first = "" })
+	soon(t, "it has the lock again", func() bool { return s.Away() == 0 })
+	storetest.Put(t, s, store.Set(storetest.FruitOf("b", 10)))
+}
+
 // isLost checks that a store knows that it is lost, and takes no writes.
 func isLost(t *testing.T, s *pgstore.Store, words ...string) {
 	t.Helper()

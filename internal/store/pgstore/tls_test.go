@@ -214,6 +214,9 @@ func TestUnreachable(t *testing.T) {
 			if said := err.Error() + log.String(); strings.Contains(said, postgres.Password) || strings.Contains(said, "\n") {
 				t.Errorf("it says: %s", said)
 			}
+			if said := err.Error(); (strings.Contains(said, "tls: ") || strings.Contains(said, "x509: ")) && strings.Contains(said, "(127.0.0.1)") {
+				t.Errorf("it says more than the cause: %s", said)
+			}
 			if strings.HasPrefix(err.Error(), "connect") {
 				if _, opened := pgstore.Open(ctx, config); opened == nil || !strings.HasPrefix(opened.Error(), "connect to the database "+config.Database) {
 					t.Errorf("Open: %v, Migrate: %v", opened, err)
@@ -224,15 +227,38 @@ func TestUnreachable(t *testing.T) {
 	}
 }
 
-// TestEnvironment: the library's own settings in the environment do not count.
+// TestEnvironment: the library's own settings in the environment, and its files in
+// the home directory, do not count.
 func TestEnvironment(t *testing.T) {
 	server := postgres.Start(t, postgres.Options{})
 	c := config(server, migrated(t, server))
+	home := t.TempDir()
+	bad := filepath.Join(home, ".postgresql", "root.crt")
+	if err := os.Mkdir(filepath.Dir(bad), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []string{bad, filepath.Join(home, ".postgresql", "postgresql.crt"), filepath.Join(home, ".postgresql", "postgresql.key"), filepath.Join(home, ".pgpass"), filepath.Join(home, ".pg_service.conf")} {
+		if err := os.WriteFile(file, []byte("no such thing\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 	for name, value := range map[string]string{
-		"PGHOST": "db.invalid", "PGPORT": "1", "PGUSER": "nobody", "PGPASSWORD": "wrong", "PGDATABASE": "nothing", "PGSSLMODE": "require",
-		"PGOPTIONS": "-c default_transaction_read_only=on", "PGTARGETSESSIONATTRS": "standby", "PGREQUIREAUTH": "none", "PGAPPNAME": "x",
+		"HOME": home, "PGHOST": "db.invalid", "PGPORT": "x", "PGUSER": "nobody", "PGPASSWORD": "wrong", "PGDATABASE": "nothing", "PGCONNECT_TIMEOUT": "x",
+		"PGOPTIONS": "-c default_transaction_read_only=on", "PGTARGETSESSIONATTRS": "no", "PGREQUIREAUTH": "no", "PGAPPNAME": "x", "PGTZ": "x",
+		"PGSSLMODE": "no", "PGSSLNEGOTIATION": "no", "PGSSLCERTMODE": "no", "PGSSLSNI": "no", "PGCHANNELBINDING": "no", "PGMINPROTOCOLVERSION": "9", "PGMAXPROTOCOLVERSION": "8",
+		"PGSSLROOTCERT": bad, "PGSSLCERT": bad, "PGSSLKEY": bad, "PGSSLPASSWORD": "x", "PGPASSFILE": bad, "PGSERVICEFILE": bad,
 	} {
 		t.Setenv(name, value)
 	}
-	storetest.Put(t, open(t, c), store.Set(storetest.FruitOf("a", 1)))
+	s := open(t, c)
+	storetest.Put(t, s, store.Set(storetest.FruitOf("a", 1)))
+	s.Close()
+	t.Setenv("PGSSLROOTCERT", "")
+	s = open(t, c)
+	storetest.Put(t, s, store.Set(storetest.FruitOf("a", 1)))
+	s.Close()
+	// This one alone the library can't be told to leave.
+	t.Setenv("PGSERVICE", "mesh")
+	_, err := pgstore.Open(t.Context(), c)
+	storetest.Says(t, err, errs.Invalid, "PGSERVICE", "unset")
 }

@@ -2,6 +2,7 @@ package pgstore_test
 
 import (
 	"bytes"
+	"encoding/binary"
 	"io"
 	"net"
 	"strconv"
@@ -27,6 +28,8 @@ type wire struct {
 	// onCommit, where set, is called for a COMMIT before it is carried on; it
 	// tells whether to carry it.
 	onCommit func() bool
+	// first, where set, is a statement that each new session begins with.
+	first string
 	// answerless: what the server says is not carried any more.
 	answerless bool
 	// budget is after how many bytes all connections are cut; negative: never.
@@ -97,10 +100,23 @@ func (w *wire) copy(dst, src net.Conn, query bool) {
 			_, _ = io.Copy(io.Discard, src)
 			return
 		}
-		if _, wrote := dst.Write(b[:n]); err != nil || wrote != nil {
+		if _, wrote := dst.Write(w.lead(b[:n], query)); err != nil || wrote != nil {
 			return
 		}
 	}
+}
+
+// lead puts the statement first into the query by which a session begins: a byte,
+// the length of what comes, the text, and a zero.
+func (w *wire) lead(b []byte, query bool) []byte {
+	w.mu.Lock()
+	first := w.first
+	w.mu.Unlock()
+	if !query || first == "" || !bytes.HasPrefix(b, []byte("Q")) || !bytes.Contains(b, []byte("set statement_timeout")) {
+		return b
+	}
+	text := first + "; " + string(b[5:])
+	return append(binary.BigEndian.AppendUint32([]byte("Q"), uint32(len(text)+4)), text...)
 }
 
 // passes tells whether bytes are to be carried on.
