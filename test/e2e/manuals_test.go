@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -26,11 +27,13 @@ import (
 // named after the manual. The programs, Envoy, curl and openssl are real.
 //
 // The files of a story hold blocks of shell commands as the manual shows them.
-// Four things differ from what is printed, so that stories can run side by
-// side on any machine: files go into the story's own directory instead of
-// /tmp, ports are free ones instead of the usual ones, and <KUMA_CP_DNS_NAME>
-// is localhost. And a control plane that was started a moment ago waits two
-// seconds, not a minute, for its proxies to come back. Beside what testscript offers, a story may use:
+// Five things differ from what is printed, so that stories can run side by
+// side on any machine: files go into the story's own directory instead of /tmp
+// and /etc/postgresql, ports are free ones instead of the usual ones,
+// <KUMA_CP_DNS_NAME> is localhost, and PostgreSQL runs as who it can where
+// there is no user postgres. And a control plane that was started a moment ago
+// waits two seconds, not a minute, for its proxies to come back. Beside what
+// testscript offers, a story may use:
 //
 //	sh FILE              run a block; "!" if it must fail
 //	start NAME FILE      run a block in the background whose last command is
@@ -89,8 +92,10 @@ type reader struct {
 	real, shown *strings.Replacer
 	ports       map[string]int
 	running     map[string]*lab.Process
-	// db is nil where the story has none.
-	db *postgres.Server
+	// db is nil where the story has none. Owner is who owns what a page gives to
+	// PostgreSQL.
+	db    *postgres.Server
+	owner int
 }
 
 // postgres starts a PostgreSQL server that lets in who has a password, over TLS.
@@ -101,7 +106,36 @@ func (r *room) postgres() *postgres.Server {
 	return postgres.Start(r.T, postgres.Options{CertFile: cert, KeyFile: key, CAFile: clients, HBA: []string{"hostssl all all 0.0.0.0/0 scram-sha-256"}})
 }
 
-// reload gives the database other files, and waits until they count.
+// account is a user on this machine as which PostgreSQL may run, by its name and
+// the numbers of its group and itself: whoever runs the test, if that isn't root.
+func account() (name, group string, uid int, err error) {
+	u, err := user.Current()
+	if os.Geteuid() == 0 {
+		if u, err = user.Lookup("postgres"); err != nil {
+			u, err = user.Lookup("nobody")
+		}
+	}
+	if err != nil {
+		return "", "", 0, err
+	}
+	uid, err = strconv.Atoi(u.Uid)
+	return u.Username, u.Gid, uid, err
+}
+
+// readableTo tells whether PostgreSQL, run by that user, would take a key: the
+// story's gets a copy, since it can't enter the story's directory.
+func readableTo(key string, uid int) error {
+	st, err := os.Stat(key)
+	if err != nil {
+		return err
+	}
+	if owner := int(st.Sys().(*syscall.Stat_t).Uid); owner != uid || st.Mode().Perm() != 0o600 {
+		return fmt.Errorf("%s has mode %o and is %d's: PostgreSQL, which is %d, could not read it", key, st.Mode().Perm(), owner, uid)
+	}
+	return nil
+}
+
+// reload gives the database copies of other files, and waits until they count.
 func (rd *reader) reload(ts *testscript.TestScript, cert, key, clients, hba string) {
 	lines, err := os.ReadFile(hba)
 	ts.Check(err)
@@ -169,6 +203,12 @@ func (r *room) manual(env *testscript.Env, db *postgres.Server) error {
 		reading.ports[p.setting] = ports[i]
 	}
 	if db != nil {
+		name, group, uid, err := account()
+		if err != nil {
+			return err
+		}
+		reading.owner = uid
+		pairs = append(pairs, "-o postgres -g postgres ", fmt.Sprintf("-o %s -g %s ", name, group), "/etc/postgresql/", filepath.Join(env.WorkDir, "etc")+"/")
 		pairs = append(pairs, "<POSTGRES_DNS_NAME>", "localhost", ":5432", fmt.Sprint(":", db.Port), "_PORT=5432", fmt.Sprint("_PORT=", db.Port))
 	}
 	// What a Dataplane or a service of the story may listen on.
@@ -189,7 +229,7 @@ func (r *room) manual(env *testscript.Env, db *postgres.Server) error {
 	reading.real = strings.NewReplacer(pairs...)
 	var back []string
 	for i := 0; i < len(pairs); i += 2 {
-		if !strings.HasPrefix(pairs[i], "<") && !strings.HasPrefix(pairs[i], "$") {
+		if !strings.HasPrefix(pairs[i], "<") && !strings.HasPrefix(pairs[i], "$") && !strings.HasPrefix(pairs[i], "-") {
 			back = append(back, pairs[i+1], pairs[i])
 		}
 	}
@@ -429,8 +469,17 @@ var (
 // follow does what one command of a page says.
 func (rd *reader) follow(ts *testscript.TestScript, command, want string) {
 	if command == "systemctl reload postgresql" { // that of the story, with the files that the page tells
-		tmp := rd.real.Replace("/tmp/")
-		rd.reload(ts, tmp+"postgres.crt", tmp+"postgres.key", tmp+"clients.crt", ts.MkAbs("pg_hba.conf"))
+		settings := ts.ReadFile("postgresql.conf")
+		file := func(name string) string {
+			m := regexp.MustCompile(`(?m)^` + name + ` = '(.+)'$`).FindStringSubmatch(settings)
+			if m == nil {
+				ts.Fatalf("postgresql.conf has no %s:\n%s", name, settings)
+			}
+			return m[1]
+		}
+		key := file("ssl_key_file")
+		ts.Check(readableTo(key, rd.owner))
+		rd.reload(ts, file("ssl_cert_file"), key, file("ssl_ca_file"), ts.MkAbs("pg_hba.conf"))
 		return
 	}
 	fails := strings.Contains("\n"+want, "\nError") || strings.Contains("\n"+want, "\ncurl: (") || strings.Contains(want, "\nverify error:") || strings.Contains(want, "level=ERROR")
