@@ -55,8 +55,10 @@ type ControlPlane struct {
 
 	store store.Store
 	close func() error
-	// postgres is the store where that is a database; nil elsewhere.
+	// postgres is the store where that is a database; nil elsewhere. away is for how
+	// long it has not had the database's lock.
 	postgres *pgstore.Store
+	away     func() time.Duration
 	certs    *pki.ControlPlane
 	rotator  *pki.Rotator
 	// settling says when the rotator knows all proxies.
@@ -322,7 +324,7 @@ func New(ctx context.Context, cfg Config, log *slog.Logger) (_ *ControlPlane, er
 	}
 	c.users, c.administers = users, administrators(users, access)
 	counted.registerFiles(c.files.Taken, c.files.Refused)
-	counted.registerAbout(instance, cluster, kinds, c.tracker.Now, c.expiries)
+	counted.registerAbout(instance, cluster, kinds, c.tracker.Now, c.expiries, func() bool { return c.cutOff() == 0 })
 	c.posture()
 	return c, nil
 }

@@ -3,6 +3,7 @@ package cp
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/pprof"
 	"time"
@@ -57,6 +58,8 @@ func (c *ControlPlane) diagnose() http.Handler {
 	mux.HandleFunc("GET /ready", func(w http.ResponseWriter, _ *http.Request) {
 		if !c.ready.Load() {
 			w.WriteHeader(http.StatusServiceUnavailable)
+		} else if away := c.cutOff(); away > 0 {
+			http.Error(w, fmt.Sprintf("the control plane has been cut off from its store for %v: writes fail, and another control plane may have taken over", away.Truncate(time.Second)), http.StatusServiceUnavailable)
 		}
 	})
 	if c.cfg.Diagnostics.Metrics {

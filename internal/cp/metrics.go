@@ -47,17 +47,19 @@ func newMetrics(zone string, kinds []*resource.Kind) *metrics {
 }
 
 // registerAbout registers what is told of the control plane as a whole.
-func (m *metrics) registerAbout(instance, cluster string, kinds []*resource.Kind, now func() *state.Picture, expiries func() []pki.Expiry) {
+func (m *metrics) registerAbout(instance, cluster string, kinds []*resource.Kind, now func() *state.Picture, expiries func() []pki.Expiry, leads func() bool) {
 	build := conf.Build()
-	constant := func(name, help string, labels prometheus.Labels) prometheus.Collector {
-		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help, ConstLabels: labels}, func() float64 { return 1 })
-	}
 	m.zoned.MustRegister(
-		constant("cp_info", "Which control plane this is.", prometheus.Labels{
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "cp_info", Help: "Which control plane this is.", ConstLabels: prometheus.Labels{
 			"build_date": build.BuildDate, "cluster_id": cluster, "git_commit": build.GitCommit, "git_tag": "", "instance_id": instance,
 			"product": build.Product, "version": build.Version,
+		}}, func() float64 { return 1 }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "leader", Help: "1 where this instance does what one does for all."}, func() float64 {
+			if leads() {
+				return 1
+			}
+			return 0
 		}),
-		constant("leader", "1 where this instance does what one does for all.", nil),
 		&gathered{
 			now: now, expiries: expiries, kinds: kinds,
 			counting: prometheus.NewHistogram(prometheus.HistogramOpts{

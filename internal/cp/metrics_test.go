@@ -8,6 +8,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -108,6 +109,14 @@ func TestDiagnostics(t *testing.T) {
 	if code, _ := ask(t, c.diagnose(), "GET", "/ready", ""); code != http.StatusOK {
 		t.Errorf("ready, and /ready says %d", code)
 	}
+	for away, want := range map[time.Duration]int{0: 200, takeover - 1: 200, takeover: 503, takeover + time.Hour: 503} {
+		c.away = func() time.Duration { return away }
+		code, said := ask(t, c.diagnose(), "GET", "/ready", "")
+		if code != want || (code == 503) != strings.Contains(said, "cut off from its store for "+away.String()) {
+			t.Errorf("%v without the store's lock: %d %q, want %d", away, code, said, want)
+		}
+	}
+	c.away = nil
 	for i := range 201 {
 		code, _ := ask(t, c.diagnose(), "PUT", "/logging", `{"component":"c`+strings.Repeat("x", i)+`","level":"debug"}`)
 		if want := map[bool]int{true: 200, false: 429}[i < 200]; code != want {

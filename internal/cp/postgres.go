@@ -296,7 +296,7 @@ func (c *ControlPlane) openPostgres(ctx context.Context, instance string) error 
 	if err != nil {
 		return err
 	}
-	c.store, c.close, c.postgres = s, s.Close, s
+	c.store, c.close, c.postgres, c.away = s, s.Close, s, s.Away
 	c.metrics.zoned.MustRegister(newPoolMetrics(s.Pool))
 	return nil
 }
@@ -409,6 +409,23 @@ func (c *ControlPlane) aliveServer() (*server, error) {
 		secure(s.Server, t)
 	}
 	return s, nil
+}
+
+// takeover is after how long without the database's lock a control plane is no
+// longer ready, nor the leader: by then another one has taken over, if there is
+// one. The server gives the lock free about 25 s after it last heard of it.
+const takeover = 30 * time.Second
+
+// cutOff is for how long the control plane has been without its store's lock, once
+// that is long enough for another one to have taken over; 0 before.
+func (c *ControlPlane) cutOff() time.Duration {
+	if c.away == nil {
+		return 0
+	}
+	if away := c.away(); away >= takeover {
+		return away
+	}
+	return 0
 }
 
 // followStore ends with an error when the store is another's.

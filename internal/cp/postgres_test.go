@@ -666,6 +666,53 @@ func TestPostgresLost(t *testing.T) {
 	}
 }
 
+// TestPostgresCutOff: a control plane that has been without its database for so long
+// that another one may serve is not ready, and does not lead, until it is back.
+func TestPostgresCutOff(t *testing.T) {
+	t.Parallel()
+	if testing.Short() {
+		t.Skip("it waits for half a minute")
+	}
+	db := pg(t)
+	at := fmt.Sprint("127.0.0.1:", lab.FreePort(t))
+	wire := func() *lab.Relay {
+		relay, err := lab.NewRelay(at, fmt.Sprint("127.0.0.1:", db.Port))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return relay
+	}
+	relay := wire()
+	cfg := db.in(t, db.migrated(t))
+	cfg.Store.Postgres.Port = uint32(relay.Port())
+	run(t, cfg)
+	diagnostics := fmt.Sprintf("http://127.0.0.1:%d", cfg.Diagnostics.ServerPort)
+	soon := func(ready int, says, leader string) {
+		t.Helper()
+		tick := time.NewTicker(100 * time.Millisecond)
+		defer tick.Stop()
+		for end := time.Now().Add(2 * patience); ; <-tick.C {
+			code, said := get(t, diagnostics+"/ready")
+			_, metrics := get(t, diagnostics+"/metrics")
+			if code == ready && strings.Contains(said, says) && strings.Contains(metrics, "\nleader{zone=\"default\"} "+leader+"\n") {
+				return
+			}
+			if time.Now().After(end) {
+				t.Fatalf("ready %d %q, want %d %q, and leader %s", code, said, ready, says, leader)
+			}
+		}
+	}
+	soon(http.StatusOK, "", "1")
+	relay.Close()
+	soon(http.StatusServiceUnavailable, "cut off from its store for ", "0")
+	if code, body := call(t, cfg, "GET", "/meshes", ""); code != http.StatusOK {
+		t.Errorf("reading meanwhile: %d %s", code, body)
+	}
+	relay = wire()
+	defer relay.Close()
+	soon(http.StatusOK, "", "1")
+}
+
 // TestPostgresOnTheWire is HRD-31 for the store: with verifyFull, nothing of what
 // is kept, nor the password, can be read on the way; with disable, it can, so
 // the listening is known to hear.
