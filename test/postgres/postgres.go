@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"os/user"
@@ -49,7 +50,7 @@ const (
 )
 
 // patience is how long a start, a stop or a statement may take.
-const patience = time.Minute
+const patience = 2 * time.Minute
 
 // Server is a server that runs until the test ends.
 type Server struct {
@@ -83,13 +84,22 @@ func Start(t testing.TB, o Options) *Server {
 	return s
 }
 
-// newServer finds what a server needs on this machine.
+// newServer is one that has not been set up.
 func newServer(t testing.TB) (*Server, error) {
+	s, err := found()
+	if err == nil {
+		s.Host, s.Port, s.t = "127.0.0.1", lab.FreePort(t), t
+	}
+	return s, err
+}
+
+// found has what a server needs on this machine.
+func found() (*Server, error) {
 	bin, err := programs()
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{Host: "127.0.0.1", Port: lab.FreePort(t), t: t, bin: bin}
+	s := &Server{bin: bin}
 	if os.Geteuid() == 0 {
 		// It refuses to run as root.
 		if s.account, err = account(); err != nil {
@@ -174,13 +184,55 @@ func (s *Server) watch() error {
 	return nil
 }
 
-func (s *Server) initialise(o Options) error {
+// model is a data directory that each server gets a copy of, since making one
+// takes seconds where the machine is busy. The first server of a process makes it.
+type model struct {
+	data string
+	// input keeps the shell from removing the directory.
+	input io.Closer
+}
+
+var modelled = sync.OnceValues(newModel)
+
+func newModel() (*model, error) {
+	s, err := found()
+	if err != nil {
+		return nil, err
+	}
+	if s.dir, err = os.MkdirTemp("", "pgmodel"); err != nil {
+		return nil, err
+	}
+	if err := s.own(s.dir); err != nil {
+		return nil, errors.Join(err, os.Remove(s.dir))
+	}
+	// Its input ends with this process, however that ends.
+	remove := exec.Command("sh", "-c", `cat; rm -rf "$0"`, s.dir)
+	remove.Dir = "/"
+	remove.SysProcAttr = &syscall.SysProcAttr{Credential: s.account, Setpgid: true}
+	input, err := remove.StdinPipe()
+	if err != nil {
+		return nil, errors.Join(err, os.Remove(s.dir))
+	}
+	if err := remove.Start(); err != nil {
+		return nil, errors.Join(err, os.Remove(s.dir))
+	}
 	password := filepath.Join(s.dir, "password")
-	if err := errors.Join(os.WriteFile(password, []byte(Password), 0o600), s.own(password)); err != nil {
+	err = errors.Join(os.WriteFile(password, []byte(Password), 0o600), s.own(password))
+	if err == nil {
+		err = s.run("initdb", "-D", s.data(), "-U", User, "--pwfile", password, "-A", "scram-sha-256", "-E", "UTF8", "--locale", "C", "--no-sync")
+	}
+	if err != nil {
+		return nil, errors.Join(err, input.Close(), remove.Wait())
+	}
+	return &model{s.data(), input}, nil
+}
+
+func (s *Server) initialise(o Options) error {
+	m, err := modelled()
+	if err != nil {
 		return err
 	}
-	data := s.data()
-	if err := s.run("initdb", "-D", data, "-U", User, "--pwfile", password, "-A", "scram-sha-256", "-E", "UTF8", "--locale", "C", "--no-sync"); err != nil {
+	if err := s.run("cp", "-Rp", m.data, s.data()); err != nil {
 		return err
 	}
 	settings := map[string]string{
@@ -224,7 +276,7 @@ func (s *Server) configure(settings map[string]string) error {
 	return errors.Join(err, file.Close())
 }
 
-// run runs one of the server's programs to its end.
+// run runs a program to its end, as command does.
 func (s *Server) run(program string, args ...string) error {
 	ctx, stop := context.WithTimeout(context.Background(), patience)
 	defer stop()
@@ -254,13 +306,21 @@ func (s *Server) writeHBA(lines []string) error {
 	return os.WriteFile(filepath.Join(s.data(), "pg_hba.conf"), []byte(content), 0o600)
 }
 
-// command is one of the server's programs, as its user.
+// command is a program, one of the server's where it has it, as the server's user.
 func (s *Server) command(ctx context.Context, program string, args ...string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, filepath.Join(s.bin, program), args...)
+	if own := filepath.Join(s.bin, program); exists(own) {
+		program = own
+	}
+	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Dir = s.dir
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "LC_ALL=C", "TZ=UTC"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: s.account, Setpgid: true}
 	return cmd
+}
+
+func exists(file string) bool {
+	_, err := os.Stat(file)
+	return err == nil
 }
 
 func (s *Server) logFile() string { return filepath.Join(s.dir, "log") }
