@@ -294,6 +294,36 @@ func TestAdminServerPortInUse(t *testing.T) {
 	}
 }
 
+// Where one of its two ports can't be had, the other is not kept.
+func TestAdminServerKeepsNoPort(t *testing.T) {
+	t.Parallel()
+	for name, same := range map[string]bool{"one number": true, "two numbers": false} {
+		dir := t.TempDir()
+		cert, key := clientPair(t, t.TempDir(), "server", "server", "localhost")
+		clientPair(t, dir, "mine", "client")
+		cfg := config(t)
+		cfg.AdminServer.Local.Port = freePort(t)
+		public := cfg.AdminServer.Local.Port
+		if !same {
+			public = freePort(t)
+		}
+		cfg.AdminServer.Public = cp.AdminPublic{Enabled: true, Interface: "127.0.0.2", Port: public, TLSCertFile: cert, TLSKeyFile: key, ClientCertsDir: dir}
+		taken, err := net.Listen("tcp", fmt.Sprint("127.0.0.2:", public))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := cp.New(t.Context(), cfg, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "KUMA_ADMIN_SERVER_PUBLIC_PORT") {
+			t.Errorf("%s: %v", name, err)
+		}
+		_ = taken.Close()
+		l, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", cfg.AdminServer.Local.Port))
+		if err != nil {
+			t.Fatal(name, err)
+		}
+		_ = l.Close()
+	}
+}
+
 // What opens the admin server, and what of its settings is refused.
 func TestAdminServerSettings(t *testing.T) {
 	t.Parallel()

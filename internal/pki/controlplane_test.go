@@ -4,7 +4,9 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -17,6 +19,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"kuma/internal/errs"
 	"kuma/internal/pki"
@@ -253,6 +257,63 @@ func TestOpenRefuses(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestCheckAuthority: it says beforehand what OpenControlPlane will say, and
+// leaves everything as it is.
+func TestCheckAuthority(t *testing.T) {
+	for name, c := range map[string]struct {
+		change func(dir string) error
+		bad    bool
+	}{
+		"as it is":        {func(string) error { return nil }, false},
+		"nothing":         {os.RemoveAll, false},
+		"the key is gone": {func(d string) error { return os.Remove(filepath.Join(d, pki.CAKeyFile)) }, false}, // the store may have it
+		"garbled":         {func(d string) error { return os.WriteFile(filepath.Join(d, pki.CAFile), []byte("x"), 0o600) }, true},
+		"another key":     {func(d string) error { return os.WriteFile(filepath.Join(d, pki.CAKeyFile), newKeyPEM(t), 0o600) }, false}, // likewise
+		"a rotation":      {func(d string) error { return os.WriteFile(filepath.Join(d, pki.RotationFile), []byte("x"), 0o600) }, true},
+		"left by a rotation": {func(d string) error {
+			return errors.Join(os.Remove(filepath.Join(d, pki.CAFile)), os.Remove(filepath.Join(d, pki.CAKeyFile)), os.WriteFile(filepath.Join(d, pki.RotationFile), []byte("x"), 0o600))
+		}, false},
+	} {
+		dir := t.TempDir()
+		open(t, pki.ControlPlaneConfig{Dir: dir})
+		if err := c.change(dir); err != nil {
+			t.Fatal(name, err)
+		}
+		before := contents(t, dir)
+		err := pki.CheckAuthority(dir)
+		if (err != nil) != c.bad {
+			t.Errorf("%s: %v", name, err)
+		}
+		if diff := cmp.Diff(before, contents(t, dir)); diff != "" {
+			t.Errorf("%s: it has changed something: %s", name, diff)
+		}
+		if err == nil {
+			continue
+		}
+		if _, opened := pki.OpenControlPlane(pki.ControlPlaneConfig{Dir: dir}); opened == nil || opened.Error() != err.Error() {
+			t.Errorf("%s: %v, but then %v", name, err, opened)
+		}
+	}
+}
+
+// contents are the files of a directory; none where there is none.
+func contents(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	out := map[string]string{}
+	all, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
+	}
+	for _, e := range all {
+		text, err := os.ReadFile(filepath.Join(dir, e.Name()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		out[e.Name()] = string(text)
+	}
+	return out
 }
 
 // TestKilledAtFirstStart: whatever a killed first start leaves is finished by
