@@ -127,9 +127,10 @@ const (
 // Open connects, waits until no other control plane serves from the database,
 // and reads all that is in it. It says at once, and then every minute, for whom
 // it waits; the end of ctx ends the wait. That the database can't be reached is
-// an error at once, but not while it waits: then it tries again. Tables that are
-// missing, or of another version, are an error that says what to do. All errors
-// but those of a wrong Config are errs.Unavailable.
+// an error at once, but not while it waits: then it tries again, and lets whoever
+// served before go first. Tables that are missing, or of another version, are an
+// error that says what to do. All errors but those of a wrong Config are
+// errs.Unavailable.
 //
 // It asks for the lock every second, rather than waiting for it in the server:
 // a statement that waits keeps the server from cleaning up behind everybody, and
@@ -149,6 +150,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		Write: s.write,
 	})
 	if err := s.takeOver(ctx); err != nil {
+		s.drop()
 		return nil, err
 	}
 	guard, end := context.WithCancel(context.Background())

@@ -52,7 +52,7 @@ var discard = slog.New(slog.DiscardHandler)
 func config(s *postgres.Server, database string) pgstore.Config {
 	return pgstore.Config{
 		Host: s.Host, Port: uint32(s.Port), User: postgres.User, Password: postgres.Password, Database: database,
-		Kinds: storetest.NewTypes().Kinds(), Instance: "first", Log: discard,
+		ConnectTimeout: patience, Kinds: storetest.NewTypes().Kinds(), Instance: "first", Log: discard,
 	}
 }
 
@@ -765,7 +765,6 @@ func TestSlow(t *testing.T) {
 	t.Run("no answer", func(t *testing.T) {
 		t.Parallel()
 		wire, c := newWire(t, config(server, migrated(t, server)))
-		c.ConnectTimeout = time.Second
 		s := open(t, c)
 		storetest.Put(t, s, store.Set(storetest.FruitOf("a", 1)))
 		mute := make(chan struct{})
