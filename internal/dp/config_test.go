@@ -327,6 +327,22 @@ func TestWait(t *testing.T) {
 	}
 }
 
+// Without --url both places are asked: whoever listens at the first counts.
+func TestWaitForEither(t *testing.T) {
+	t.Parallel()
+	ready := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	t.Cleanup(ready.Close)
+	unready := httptest.NewServer(http.NotFoundHandler())
+	t.Cleanup(unready.Close)
+	nobody := fmt.Sprintf("http://127.0.0.1:%d/ready", freePort(t))
+	if err := wait(t.Context(), http.DefaultClient, []string{nobody, ready.URL}, time.Millisecond, patience); err != nil {
+		t.Error(err)
+	}
+	if err := wait(t.Context(), http.DefaultClient, []string{unready.URL, ready.URL}, time.Millisecond, 100*time.Millisecond); err == nil {
+		t.Error("what listens at the first place is not ready, and the second is asked")
+	}
+}
+
 // A state is logged once, whatever port an attempt came from.
 func TestChanges(t *testing.T) {
 	var out strings.Builder

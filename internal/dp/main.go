@@ -2,6 +2,7 @@ package dp
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -153,6 +154,11 @@ func versionCommand(stdout io.Writer) *cobra.Command {
 	return cmd
 }
 
+// ownReadiness is where this kuma-dp answers. The contract's port is that of
+// Envoy's admin interface, which is open on a network only for proxies without a
+// link.
+const ownReadiness = "http://localhost:9902/ready"
+
 // waitCommand waits for a proxy to be ready.
 func waitCommand() *cobra.Command {
 	var at, socket string
@@ -174,10 +180,14 @@ func waitCommand() *cobra.Command {
 				return new(net.Dialer).DialContext(ctx, "unix", socket)
 			}}
 		}
-		return wait(cmd.Context(), client, at, every, all)
+		urls := []string{at}
+		if socket == "" && !cmd.Flags().Changed("url") {
+			urls = append(urls, ownReadiness)
+		}
+		return wait(cmd.Context(), client, urls, every, all)
 	}}
 	f := cmd.Flags()
-	f.StringVar(&at, "url", "http://localhost:9901/ready", "URL to ask, on this machine")
+	f.StringVar(&at, "url", "http://localhost:9901/ready", "URL to ask, on this machine; without this flag also "+ownReadiness+", where nothing listens on the former")
 	f.StringVar(&socket, "unix-socket", "", "Unix socket to ask instead of the URL's host")
 	f.DurationVar(&every, "check-frequency", time.Second, "pause between questions")
 	f.DurationVar(&one, "request-timeout", 500*time.Millisecond, "how long one question may take")
@@ -190,29 +200,44 @@ func loopback(host string) bool {
 	return host == "localhost" || err == nil && a.IsLoopback()
 }
 
-// wait asks until the answer is 200 or the time is over.
-func wait(ctx context.Context, client *http.Client, at string, every, all time.Duration) error {
+// wait asks until the answer is 200 or the time is over: the first URL, and
+// the next where nothing listens there.
+func wait(ctx context.Context, client *http.Client, urls []string, every, all time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, all)
 	defer cancel()
 	last := "it was not asked"
 	for {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, at, nil)
-		if err != nil {
-			return err
-		}
-		resp, err := client.Do(req)
-		if err == nil {
-			body, _ := io.ReadAll(io.LimitReader(resp.Body, 512))
-			_ = resp.Body.Close()
-			if resp.StatusCode == http.StatusOK {
+		for _, at := range urls {
+			status, body, err := ask(ctx, client, at)
+			switch {
+			case err == nil && status == http.StatusOK:
 				return nil
+			case err == nil:
+				last = fmt.Sprintf("status %d: %s", status, body)
+			case ctx.Err() == nil:
+				last = err.Error()
 			}
-			last = fmt.Sprintf("status %d: %s", resp.StatusCode, body)
-		} else if ctx.Err() == nil {
-			last = err.Error()
+			if !errors.Is(err, syscall.ECONNREFUSED) {
+				break
+			}
 		}
 		if !sleep(ctx, every) {
 			return errs.New(errs.Unavailable, "the proxy was not ready within %s: %s", all, last)
 		}
 	}
+}
+
+// ask asks once, and reads the beginning of the answer.
+func ask(ctx context.Context, client *http.Client, at string) (status int, body []byte, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, at, nil)
+	if err != nil {
+		return 0, nil, err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer resp.Body.Close()
+	body, _ = io.ReadAll(io.LimitReader(resp.Body, 512))
+	return resp.StatusCode, body, nil
 }
