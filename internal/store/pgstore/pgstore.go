@@ -341,7 +341,8 @@ func (s *Store) take(ctx context.Context, conn *pgx.Conn) error {
 	s.Forget()
 	var revision uint64
 	err := pgx.BeginTxFunc(ctx, conn, readWrite, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, "set local statement_timeout = 0; set local lock_timeout = 0"); err != nil {
+		// What is read may take this side longer than the server would wait.
+		if _, err := tx.Exec(ctx, "set local statement_timeout = 0; set local lock_timeout = 0; set local idle_in_transaction_session_timeout = 0"); err != nil {
 			return err
 		}
 		var locked bool

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -762,6 +763,24 @@ func TestSlow(t *testing.T) {
 		letGo()
 		storetest.Put(t, within(t, "it serves", opened), store.Set(storetest.FruitOf("a", 1)))
 	})
+	t.Run("reading at the start", func(t *testing.T) {
+		t.Parallel()
+		if testing.Short() {
+			t.Skip("it takes longer than a transaction may be idle")
+		}
+		c := config(server, migrated(t, server))
+		server.Exec(c.Database, "insert into mesh_resources (kind, mesh, name, revision, data) values ('Fruit', '', 'a', 1, 'x')")
+		log := new(logged)
+		c.Log = slog.New(slog.NewTextHandler(io.MultiWriter(log, writes(func() {
+			soon(t, "the server has waited for long, or no more", func() bool {
+				return server.Query(c.Database, "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid() and now() - state_change < '16s'") == "0"
+			})
+		})), nil))
+		open(t, c)
+		if !strings.Contains(log.String(), "Fruit") {
+			t.Errorf("nothing was slow: %s", log)
+		}
+	})
 	t.Run("no answer", func(t *testing.T) {
 		t.Parallel()
 		wire, c := newWire(t, config(server, migrated(t, server)))
@@ -782,6 +801,15 @@ func TestSlow(t *testing.T) {
 		s.Close()
 		storetest.Same(t, open(t, c), want, revision)
 	})
+}
+
+// writes is called for what is written.
+type writes func()
+
+// Write is io.Writer's.
+func (w writes) Write(b []byte) (int, error) {
+	w()
+	return len(b), nil
 }
 
 // lockState locks the row of mesh_state.
