@@ -3,6 +3,7 @@ package state_test
 import (
 	"context"
 	"fmt"
+	"iter"
 	"log/slog"
 	"testing"
 	"testing/synctest"
@@ -240,4 +241,33 @@ func TestRenew(t *testing.T) {
 			t.Errorf("web speaks %q at revision %d", p, tr.Now().Revision)
 		}
 	})
+}
+
+// lateStore has a change under way at the very end.
+type lateStore struct{ store.Store }
+
+// Watch is store.Store's.
+func (s lateStore) Watch(ctx context.Context, _ uint64) iter.Seq2[[]store.Event, error] {
+	return func(yield func([]store.Event, error) bool) {
+		<-ctx.Done()
+		yield([]store.Event{{Revision: 1}}, nil)
+	}
+}
+
+// A change that arrives as the tracker is told to end doesn't keep it from
+// ending.
+func TestEndWithAChangeUnderWay(t *testing.T) {
+	for range 50 { // which comes first is chance
+		synctest.Test(t, func(t *testing.T) {
+			tr := state.New(state.Config{Store: lateStore{memstore.New()}, Log: slog.New(slog.DiscardHandler)})
+			ctx, cancel := context.WithCancel(t.Context())
+			done := make(chan error)
+			go func() { done <- tr.Run(ctx) }()
+			<-tr.Ready()
+			cancel()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		})
+	}
 }

@@ -159,6 +159,8 @@ func (t *Tracker) follow(ctx context.Context) error {
 	}
 	batches := make(chan batch)
 	go func() {
+		// Also where a batch was under way at the end: the loop waits for this.
+		defer close(batches)
 		for events, err := range t.cfg.Store.Watch(ctx, revision) {
 			select {
 			case batches <- batch{events, err}:
@@ -166,7 +168,6 @@ func (t *Tracker) follow(ctx context.Context) error {
 				return
 			}
 		}
-		close(batches)
 	}()
 
 	var pending []Change
